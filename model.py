@@ -1,0 +1,331 @@
+"""The Transformer, and the two language models made of it: `LLaDAModel` (mask predictor) and `GPT` (causal).
+
+They are one network with one difference, `causal`: which positions a position may see. Parameter counts are equal.
+
+Letters:  B batch, T positions, V vocabulary, C embedding, H heads, D = C / H, L layers, K taps of the convolution.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+NEVER_PREDICTED = 3  # ids 0, 1, 2 are [PAD], [MASK], [START]: their logits are -inf by construction (MDLM's SUBS)
+TAPS = 5  # positions the depthwise convolution sees: t-4..t (GPT) or t-2..t+2 (LLaDA)
+
+
+@dataclass
+class TransformerConfig:
+    """Everything needed to rebuild a network. Raises ValueError for sizes that cannot be built."""
+
+    vocab_size: int
+    block_size: int  # the context: the largest T
+    n_embd: int = 128  # C
+    n_head: int = 4  # H
+    n_layer: int = 4  # L
+    dropout: float = 0.0
+    arch: str = "rotary"  # or "vanilla"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd must be a multiple of 2 * n_head, got {self.n_embd} with n_head {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.arch not in ENCODERS:
+            raise ValueError(f"arch must be one of {', '.join(ENCODERS)}, got {self.arch!r}")
+
+    to_dict = asdict
+
+
+class GPTConfig(TransformerConfig):
+    """The causal model's sizes."""
+
+
+class LLaDAConfig(TransformerConfig):
+    """The mask predictor's sizes."""
+
+
+# ------------------------------------------------------------------------------------------------- what may see what
+def attention_mask(T: int, offset: int, pad: Tensor | None, causal: bool, device) -> Tensor | None:
+    """Which keys each query may see: bool, broadcastable to (B, 1, T, offset + T); None means all of them.
+
+    The T queries stand at columns offset..offset+T-1. The first pad[b] columns of row b are padding and hidden from
+    everyone but themselves (a query needs at least one key, or its softmax is 0/0).
+    """
+    if pad is None and (not causal or T == 1):
+        return None
+    queries = torch.arange(offset, offset + T, device=device)[:, None]  # (T, 1)
+    keys = torch.arange(offset + T, device=device)  # (S,)
+    visible = keys <= queries if causal else torch.ones_like(keys <= queries)  # (T, S)
+    if pad is None:
+        return visible
+    return visible & (keys >= pad[:, None, None, None]) | (keys == queries)  # (B, 1, T, S)
+
+
+class KeyValueCache:
+    """What a causal model remembers of the columns it has read, preallocated: nothing is concatenated in the loop.
+
+    `keys`, `values` are (L, B, H, max_len, D); `inputs` holds the last K-1 inputs of each layer's convolution,
+    (L, B, K-1, C); `length` columns are filled, of which the first `pad` (B,) are left padding.
+    """
+
+    def __init__(self, config: TransformerConfig, batch_size: int, max_len: int, device="cpu", dtype=torch.float32):
+        L, H, D = config.n_layer, config.n_head, config.n_embd // config.n_head
+        self.keys = torch.zeros(L, batch_size, H, max_len, D, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.inputs = torch.zeros(L, batch_size, TAPS - 1, config.n_embd, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, T, D) keys and values after the `length` known ones; return all of them, (B, H, S, D)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b becomes a copy of row rows[b] (beam search). Only the filled part is moved."""
+        self.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
+        self.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
+        self.inputs = self.inputs[:, rows]
+
+
+# ------------------------------------------------------------------------------------------------- arch="rotary"
+def rotary_table(block_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos, sin (block_size, D/2) of RoFormer's angles (arXiv 2104.09864, eq. 15)."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
+    angles = torch.arange(block_size)[:, None] * frequencies  # (T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[..., i], x[..., i + D/2]) of x (B, H, T, D) by its position's angle: q.k sees T1 - T2 only."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+class NeighbourConvolution(nn.Module):
+    """A depthwise convolution over K neighbouring positions, zero at the start: cheap n-gram statistics."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(TAPS, config.n_embd))
+        self.left, self.right = (TAPS - 1, 0) if causal else (TAPS // 2, TAPS // 2)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `before` (B, K-1, C) are the inputs just left of x, moved on in place; else zeros."""
+        T = x.shape[1]
+        if before is None:
+            x = F.pad(x, (0, 0, self.left, self.right))
+        else:
+            x = torch.cat([before, x], dim=1)
+            before.copy_(x[:, T:])
+        return sum(x[:, k : k + T] * self.weight[k] for k in range(TAPS))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with RoPE and QK-norm; no biases, no dropout inside; the projection starts at zero."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.n_head, self.causal = config.n_head, causal
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
+        """x (B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # QK-norm (arXiv 2302.05442)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        offset = 0
+        if cache is not None:
+            offset = cache.length
+            k, v = cache.extend(layer, k, v)
+        if self.causal and offset == 0 and pad is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            mask = attention_mask(T, offset, pad, self.causal, x.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """C -> 4C -> C with ReLU^2 (Primer, arXiv 2109.08668: better than GELU here, and cheap on CPUs)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    """One layer: convolution over neighbours, attention, MLP, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.conv = NeighbourConvolution(config, causal)
+        self.attention = Attention(config, causal)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.conv(x, cache.inputs[layer] if cache is not None else None)
+        x = x + self.dropout(self.attention(F.rms_norm(x, x.shape[-1:]), cos, sin, pad, cache, layer))
+        return x + self.dropout(self.mlp(F.rms_norm(x, x.shape[-1:])))
+
+
+class RotaryEncoder(nn.Module):
+    """Tokens (B, T) -> hidden states (B, T, C): the modern stack, the default."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        offset, T = (cache.length if cache is not None else 0), tokens.shape[1]
+        cos, sin = self.cos[offset : offset + T], self.sin[offset : offset + T]  # (T, D/2)
+        real = None
+        if pad is not None:  # the convolution must find zeros to the left of a text, as at the start of a row
+            real = (torch.arange(offset, offset + T, device=tokens.device) >= pad[:, None])[..., None]  # (B, T, 1)
+        x = F.rms_norm(self.embedding(tokens), (self.embedding.embedding_dim,))
+        for layer, block in enumerate(self.blocks):
+            x = block(x if real is None else x * real, cos, sin, pad, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return F.rms_norm(x, x.shape[-1:])
+
+
+# ------------------------------------------------------------------------------------------------- arch="vanilla"
+class PositionalEncoding(nn.Module):
+    """Adds sinusoids to (B, T, C) embeddings ("Attention is all you need", section 3.5)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        angles = torch.arange(config.block_size)[:, None] * torch.exp(
+            torch.arange(0, config.n_embd, 2) * (-math.log(10000.0) / config.n_embd)
+        )  # (T, C/2)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (T, C), sin and cos interleaved
+        self.register_buffer("table", table, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        """Row b's text starts at column pad[b]: that column is position 0."""
+        positions = torch.arange(x.shape[1], device=x.device)
+        if pad is not None:
+            positions = (positions - pad[:, None]).clamp(min=0)  # (B, T)
+        return self.dropout(x + self.table[positions])
+
+
+class VanillaEncoder(nn.Module):
+    """Tokens (B, T) -> hidden states (B, T, C): PyTorch's textbook encoder, the readable reference and yardstick."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.causal, self.n_head, self.n_embd = causal, config.n_head, config.n_embd
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = PositionalEncoding(config)
+        layer = nn.TransformerEncoderLayer(
+            config.n_embd, config.n_head, 4 * config.n_embd, dropout=config.dropout, batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        if cache is not None:
+            raise ValueError('arch="vanilla" has no key/value cache: nn.TransformerEncoder cannot use one')
+        x = self.positions(self.embedding(tokens) * math.sqrt(self.n_embd), pad)
+        mask = attention_mask(tokens.shape[1], 0, pad, self.causal, tokens.device)
+        if mask is not None:
+            mask = ~mask  # nn.TransformerEncoder marks what may NOT be seen, (T, T) or (B * H, T, T)
+            if mask.dim() == 4:
+                mask = mask.expand(-1, self.n_head, -1, -1).flatten(0, 1)
+        return self.encoder(x, mask=mask)
+
+
+ENCODERS = {"rotary": RotaryEncoder, "vanilla": VanillaEncoder}
+
+
+# ------------------------------------------------------------------------------------------------- the two models
+class Transformer(nn.Module):
+    """Tokens (B, T) -> logits (B, T, V), float32; [PAD], [MASK] and [START] have logit -inf everywhere."""
+
+    causal: bool
+    name: str  # the command line's word for it
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = ENCODERS[config.arch](config, self.causal)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        never = torch.arange(config.vocab_size) < NEVER_PREDICTED
+        self.register_buffer("never", never, persistent=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        at: Tensor | None = None,
+        pad: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, T) int64 -> (B, T, V), or (N, V) for the N positions where `at` (B, T) is true.
+
+        pad (B,): how many columns at the left of each row are padding. cache: continue after what it holds
+        (causal models only) and add `tokens` to it. Raises ValueError beyond block_size.
+        """
+        T = tokens.shape[1] + (cache.length if cache is not None else 0)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} positions do not fit the model's block_size of {self.config.block_size}")
+        hidden = self.encoder(tokens, pad, cache)  # (B, T, C)
+        if at is not None:
+            hidden = hidden[at]  # (N, C): the head is only paid for where it is used
+        return self.head(hidden).float().masked_fill(self.never, -torch.inf)
+
+    def num_parameters(self) -> int:
+        """Trainable parameters, embeddings included."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class GPT(Transformer):
+    """The causal baseline: position t sees tokens 0..t and predicts token t + 1."""
+
+    causal, name = True, "gpt"
+
+
+class LLaDAModel(Transformer):
+    """The mask predictor (LLaDA, arXiv 2502.09992): every position sees every other and predicts its own token."""
+
+    causal, name = False, "llada"
+
+
+MODELS = {model.name: model for model in (LLaDAModel, GPT)}
+CONFIGS = {"llada": LLaDAConfig, "gpt": GPTConfig}
+
+
+def main() -> None:
+    """Show the shapes and the parameter counts of both models in both architectures."""
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    print(f"tokens {tuple(tokens.shape)}")
+    for arch in ENCODERS:
+        for name, model_class in MODELS.items():
+            model = model_class(CONFIGS[name](vocab_size=69, block_size=128, arch=arch))
+            print(f"{name:5} {arch:7} -> logits {tuple(model(tokens).shape)}  {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()
