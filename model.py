@@ -119,7 +119,7 @@ class NeighbourConvolution(nn.Module):
         self.left, self.right = (TAPS - 1, 0) if causal else (TAPS // 2, TAPS // 2)
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `before` (B, K-1, C) are the inputs just left of x, moved on in place; else zeros."""
+        """x (B, T, C) -> (B, T, C). `before` (B, K-1, C) are the inputs left of x (else 0), moved on in place."""
         T = x.shape[1]
         if before is None:
             x = F.pad(x, (0, 0, self.left, self.right))
