@@ -41,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def number(kind: type, low=None, high=None, above=None, below=None) -> Callable[[str], float]:
-    """An argparse type: an int or float within low <= x <= high, above < x < below. Others are errors naming the flag."""
+    """An argparse type: int or float with low <= x <= high, above < x < below; anything else is an error line."""
 
     def parse(text: str):
         try:

@@ -1,0 +1,93 @@
+"""From logits to tokens: what both models share when they write. Temperature, top-k, top-p, repetition penalty, and
+one random stream for each row, so that a row's text does not depend on the batch it was drawn in.
+
+Letters: B rows, N draws, V vocabulary. All probabilities are float64: float32 draws lower the effective temperature
+(arXiv 2409.02908).
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+PAD_ID = 0
+
+
+def row_generators(
+    generator: torch.Generator | list[torch.Generator] | None, tokens: Tensor
+) -> list[torch.Generator]:
+    """One CPU generator for each row of tokens (B, T).
+
+    A list of B generators is used as it is. From a single one (None: seed 0), row b's stream follows from a number
+    drawn from it, the row's own tokens ([PAD] left out) and how many equal rows stand above it: the row gives the same
+    text alone and in any batch, while equal rows still give different samples. Raises ValueError for a wrong count.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != len(tokens):
+            raise ValueError(f"{len(generator)} generators for {len(tokens)} rows: give one a row, or a single one")
+        return list(generator)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    key = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    copies: dict[bytes, int] = {}
+    generators = []
+    for row in tokens.cpu():
+        content = row[row != PAD_ID].numpy().tobytes()
+        copies[content] = copies.get(content, -1) + 1
+        digest = hashlib.blake2b(content + key.to_bytes(8, "big") + copies[content].to_bytes(8, "big"), digest_size=8)
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1))
+    return generators
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Where seen (N, V), divide positive logits by `penalty` and multiply negative ones (CTRL, arXiv 1909.05858)."""
+    if penalty == 1.0:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """(N, V) logits -> (N, V) float64 probabilities after temperature, then top-k, then top-p.
+
+    temperature 0 puts everything on the argmax (the lowest id on ties). top_k keeps the k likeliest tokens (all ties
+    with the k-th); top_p the smallest set of likeliest tokens whose probability reaches p: the token that crosses p is
+    kept. Raises ValueError for temperature < 0, top_k < 1, top_p outside (0, 1].
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    logits = logits.double()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    p = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = p.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
+        p = p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, before >= top_p), 0.0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p: Tensor, u: Tensor) -> Tensor:
+    """Inverse-transform draw: p (N, V) float64 probabilities, u (N,) uniform in [0, 1) -> (N,) tokens.
+
+    Never returns a token of probability zero.
+    """
+    cumulative = p.cumsum(-1)
+    tokens = torch.searchsorted(cumulative, (u.to(p) * cumulative[..., -1])[..., None], right=True)[..., 0]
+    last_possible = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1)  # rounding may step past the end
+    return torch.minimum(tokens, last_possible)
+
+
+def uniforms(generators: list[torch.Generator], n: int = 1) -> Tensor:
+    """(B, n) float64 uniforms in [0, 1): row b from its own generator."""
+    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators])
