@@ -1,0 +1,245 @@
+"""What a masked diffusion model knows of a text, in nats: bound, masking curve, schedules, exact policy likelihood.
+
+Masked at random. With M the masked set of a window x of T tokens, CE_i(M) = -log p(x_i | x outside M) and
+    c_x(m) = mean over all M with |M| = m of the mean over i in M of CE_i(M),
+the upper bound is -log p(x) <= c_x(1) + ... + c_x(T): a random order reveals one token with m masked, for each m.
+The mean of c_x over windows is the masking curve c(m). It prices every schedule: revealing n_k tokens at once while
+m_k are masked, the bound is the sum over k of n_k c(m_k).
+
+Masked by a policy. If the positions revealed follow from what is visible, one order leads to each text, and the chain
+rule along it is its exact probability under that sampler (DUEL, arXiv 2603.01367).
+
+Nothing here knows the network: `predict(tokens) -> logits` is any function of (B, T) tokens, row by row.
+Letters: B batch, N windows, K masks a window, T positions, V vocabulary, m masked positions. All figures in nats.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Predict = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V)
+Policy = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, T, V), masked (B, T), step -> to reveal (B, T)
+DRAWS_PER_COUNT = 8  # at least so many masks for every count m: a residual against fewer would flatter the interval
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+@dataclass
+class Likelihood:
+    """Negative log-likelihood of N windows in nats; `is_bound`: an upper bound, else exact.
+
+    `token_nats` (N, T) is each character's share (0 beyond a window's end), `window_nats` (N,) each window's total,
+    `lengths` (N,) its characters. `curve` (T + 1,) is c(m), with c(0) = 0; only the bound has one.
+    """
+
+    token_nats: Tensor
+    window_nats: Tensor
+    lengths: Tensor
+    is_bound: bool
+    curve: Tensor | None = None
+
+    @property
+    def nats_per_char(self) -> float:
+        """Total nats over total characters: every character counts once, whatever its window's length."""
+        return float(self.window_nats.sum() / self.lengths.sum())
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """95 % interval of `nats_per_char` over windows: the unit, as characters (and draws) inside one correlate."""
+        half = 1.96 * standard_error(self.window_nats, self.lengths)
+        return self.nats_per_char - half, self.nats_per_char + half
+
+    @classmethod
+    def exact(cls, token_nats: list[Tensor]) -> "Likelihood":
+        """From the exact (N, T) nats of each token, a list with one tensor for each window length."""
+        return cls.join([
+            cls(nats.double(), nats.double().sum(1), torch.full((len(nats),), nats.shape[1]), is_bound=False)
+            for nats in token_nats
+        ])
+
+    @classmethod
+    def join(cls, parts: list["Likelihood"]) -> "Likelihood":
+        """Windows of several lengths as one; the curve is that of the first part."""
+        T = max(part.token_nats.shape[1] for part in parts)
+        return cls(
+            torch.cat([torch.nn.functional.pad(part.token_nats, (0, T - part.token_nats.shape[1])) for part in parts]),
+            torch.cat([part.window_nats for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            parts[0].is_bound,
+            parts[0].curve,
+        )
+
+
+def standard_error(window_nats: Tensor, lengths: Tensor) -> float:
+    """Standard error of sum(window_nats) / sum(lengths), a ratio of two means over windows; infinite for one window."""
+    N = len(window_nats)
+    if N < 2:
+        return math.inf
+    residuals = window_nats - lengths * (window_nats.sum() / lengths.sum())
+    return float((residuals.square().sum() * N / (N - 1)).sqrt() / lengths.sum())
+
+
+# ------------------------------------------------------------------------------------------------- masked at random
+def complementary_masks(n_windows: int, T: int, pairs: int, generator: torch.Generator | None = None) -> Tensor:
+    """(N, 2 * pairs, T) masks: for each window, pairs of a mask of l positions and its complement of T - l.
+
+    l is uniform on 1..T-1, hence T - l is too: either mask alone gives an unbiased estimate, and together they hide
+    every position once. l is stratified over all pairs of all windows, evenly inside each window. A pair {l, T - l} is
+    drawn by its smaller half, so u in [0, 1) maps to l = 1 + floor(u (T - 1) / 2): for even T the middle, its own
+    complement, is half as likely as the others, as it should be. Needs T >= 2.
+    """
+    offset = torch.rand(1, generator=generator, dtype=torch.float64)
+    ranks = torch.randperm(n_windows, generator=generator)[:, None]  # which sub-stratum is whose
+    u = (torch.arange(pairs) + (ranks + offset) / n_windows) / pairs  # (N, pairs): one in each of N * pairs intervals
+    counts = 1 + (u * (T - 1) / 2).long()  # (N, pairs), in 1..T/2
+    order = torch.rand(n_windows, pairs, T, generator=generator).argsort(-1)
+    masks = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, torch.arange(T) < counts[..., None])
+    return torch.stack([masks, ~masks], dim=2).flatten(1, 2)
+
+
+@torch.no_grad()
+def bound_from_masks(
+    predict: Predict, windows: Tensor, masks: Tensor, mask_token_id: int, batch_size: int = 128, tick=lambda rows: None
+) -> Likelihood:
+    """The bound of windows (N, T) from masks (N, K, T) of 1..T-1 positions each; all masked is added here.
+
+    An all-masked window looks the same whatever it hides: one evaluation gives c_x(T) of all windows, exactly. For
+    m < T, c(m) is the mean over the masks with that count, and the bound is the sum of c(m): with all masks of each
+    count it is exact, with `complementary_masks` unbiased. c(m) is also the control variate of each window: the
+    estimate keeps what is special to a window and drops what only came from the counts it happened to draw.
+    Raises ValueError if a count in 1..T-1 was never drawn.
+    """
+    (N, T), K = windows.shape, masks.shape[1]
+    counts = masks.sum(-1)  # (N, K)
+    drawn = torch.bincount(counts.flatten(), minlength=T)  # (T,)
+    if (drawn[1:] == 0).any() or len(drawn) > T or drawn[0]:
+        raise ValueError(f"masks must hide every count of 1..{T - 1} positions at least once, and neither 0 nor all")
+    all_masked = torch.full_like(windows[:1], mask_token_id)
+    hidden = losses(predict, all_masked, windows)  # (N, T)
+    token_nats = hidden / T
+    means = torch.empty(N * K, dtype=torch.float64)  # mean CE of each mask
+    flat_masks, flat_counts = masks.flatten(0, 1), counts.flatten()
+    for start in range(0, N * K, batch_size):
+        rows = torch.arange(start, min(start + batch_size, N * K))
+        mask, targets, m = flat_masks[rows].to(windows.device), windows[rows // K], flat_counts[rows]
+        ce = losses(predict, targets.masked_fill(mask, mask_token_id), targets)  # (b, T)
+        ce = ce.masked_fill(~mask.cpu(), 0.0)
+        means[rows] = ce.sum(1) / m
+        token_nats.index_add_(0, rows // K, ce * (N / (m * drawn[m]).double())[:, None])
+        tick(len(rows))
+    totals = torch.zeros(T, dtype=torch.float64).index_add_(0, flat_counts, means)
+    curve = torch.cat([totals / drawn.clamp(min=1), hidden.mean()[None]])  # (T + 1,): c(0) = 0, c(1), ..., c(T)
+    special = (means - curve[flat_counts]).view(N, K).sum(1) / max(K, 1)
+    window_nats = hidden.mean(1) + curve[1:T].sum() + (T - 1) * special
+    return Likelihood(token_nats, window_nats, torch.full((N,), T), is_bound=True, curve=curve)
+
+
+def losses(predict: Predict, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of targets (B, T) given inputs (B or 1, T): (B, T) float64 nats, on the CPU."""
+    log_p = predict(inputs).log_softmax(-1).expand(len(targets), -1, -1)
+    return -log_p.gather(-1, targets[..., None])[..., 0].double().cpu()
+
+
+def pairs_needed(n_windows: int, T: int, pairs: int) -> int:
+    """`pairs` a window, or as many more as give every count its DRAWS_PER_COUNT on a small validation set.
+
+    None for T = 1: all masked is all there is.
+    """
+    return 0 if T == 1 else max(pairs, math.ceil(DRAWS_PER_COUNT * (T - 1) / n_windows))
+
+
+def likelihood_bound(
+    predict: Predict,
+    windows: list[Tensor],
+    mask_token_id: int,
+    pairs: int = 8,
+    batch_size: int = 128,
+    generator: torch.Generator | None = None,
+    tick: Callable[[int], None] = lambda rows: None,
+) -> Likelihood:
+    """Upper bound on the negative log-likelihood of `windows`, a list with one (N, T) tensor for each length.
+
+    Every token is scored, the short last window's by its own bound. `2 * pairs` evaluations a window (more on few
+    windows), and one for each length. Same generator state, same masks, whatever the batch size. tick(rows) is called
+    after each batch of network evaluations. Raises ValueError if there is nothing to score.
+    """
+    if not any(part.numel() for part in windows):
+        raise ValueError("there is no text to score")
+    parts = []
+    for part in (part for part in windows if part.numel()):
+        N, T = part.shape
+        masks = complementary_masks(N, T, pairs_needed(N, T, pairs), generator)
+        parts.append(bound_from_masks(predict, part, masks, mask_token_id, batch_size, tick))
+    return Likelihood.join(parts)
+
+
+# ------------------------------------------------------------------------------------------------- schedules
+def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
+    """Upper bound in nats/window of writing T tokens in len(schedule) steps, schedule[k] of them at step k.
+
+    curve (T + 1,) is c(m). T steps of one token give the bound itself; one step of T tokens, T c(T).
+    Raises ValueError for a schedule that does not add up to T or has an empty step.
+    """
+    n = torch.tensor(schedule)
+    if n.sum() != len(curve) - 1 or (n < 1).any():
+        raise ValueError(f"a schedule for {len(curve) - 1} tokens must be positive counts with that sum")
+    masked = n.flip(0).cumsum(0).flip(0)  # (K,) still masked when step k begins
+    return float((n * curve[masked]).sum())
+
+
+def optimal_schedules(curve: Tensor) -> list[list[int]]:
+    """The schedule of K steps with the lowest `schedule_bound`, for every K = 1..T, by dynamic programming.
+
+    best(k, m) = min over m' < m of (m - m') c(m) + best(k - 1, m'): O(T^3) in T vectorised steps.
+    """
+    T = len(curve) - 1
+    m = torch.arange(T + 1)
+    revealed = m[:, None] - m  # (m, m')
+    cost = torch.where(revealed > 0, revealed * curve[:, None], torch.inf)
+    best = torch.where(m == 0, 0.0, torch.inf).to(curve)
+    after = []  # after[k][m]: what stays masked after the first of the last k + 1 steps, with m masked before it
+    for _ in range(T):
+        best, argmin = (cost + best).min(1)
+        after.append(argmin.tolist())
+    schedules = []
+    for steps in range(1, T + 1):
+        masked, schedule = T, []
+        for k in reversed(range(steps)):
+            schedule.append(masked - after[k][masked])
+            masked = after[k][masked]
+        schedules.append(schedule)
+    return schedules
+
+
+# ------------------------------------------------------------------------------------------------- masked by a policy
+@torch.no_grad()
+def policy_likelihood(
+    predict: Predict, windows: Tensor, policy: Policy, mask_token_id: int, batch_size: int = 128, tick=lambda rows: None
+) -> tuple[Likelihood, Tensor]:
+    """Exact likelihood of windows (N, T) under a deterministic unmasking policy (DUEL, arXiv 2603.01367, Alg. 1).
+
+    Teacher-forced: from all [MASK], the policy names the positions to reveal, their true tokens are priced and shown.
+    Returns the likelihood and (N,) each window's number of network evaluations (NFE), the policy's own: a threshold
+    spends them where it needs them. Raises ValueError if a policy names visible positions, or none.
+    """
+    token_nats, nfe = torch.zeros(windows.shape, dtype=torch.float64), torch.zeros(len(windows), dtype=torch.long)
+    for start in range(0, len(windows), batch_size):
+        targets = windows[start : start + batch_size]
+        rows = torch.arange(start, start + len(targets))
+        masked = torch.ones_like(targets, dtype=torch.bool)
+        step = 0
+        while len(rows):
+            logits = predict(targets.masked_fill(masked, mask_token_id))
+            reveal = policy(logits, masked, step)
+            if (reveal & ~masked).any() or not reveal.any(1).all():
+                raise ValueError("a policy must reveal at least one masked position of each row, and no visible one")
+            ce = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].double()
+            token_nats[rows] += ce.masked_fill(~reveal, 0.0).cpu()
+            nfe[rows] += 1
+            masked, step = masked & ~reveal, step + 1
+            unfinished = masked.any(1)
+            rows, targets, masked = rows[unfinished.cpu()], targets[unfinished], masked[unfinished]
+            tick(len(reveal))
+    return Likelihood.exact([token_nats]), nfe
