@@ -180,11 +180,11 @@ def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
     """Upper bound in nats/window of writing T tokens in len(schedule) steps, schedule[k] of them at step k.
 
     curve (T + 1,) is c(m). T steps of one token give the bound itself; one step of T tokens, T c(T).
-    Raises ValueError for a schedule that does not add up to T or has an empty step.
+    An empty step costs and reveals nothing. Raises ValueError for a schedule that does not add up to T.
     """
     n = torch.tensor(schedule)
-    if n.sum() != len(curve) - 1 or (n < 1).any():
-        raise ValueError(f"a schedule for {len(curve) - 1} tokens must be positive counts with that sum")
+    if n.sum() != len(curve) - 1 or (n < 0).any():
+        raise ValueError(f"a schedule for {len(curve) - 1} tokens must be counts of 0 or more with that sum")
     masked = n.flip(0).cumsum(0).flip(0)  # (K,) still masked when step k begins
     return float((n * curve[masked]).sum())
 

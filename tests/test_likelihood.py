@@ -138,6 +138,7 @@ def test_schedule_bound_is_the_expected_price_of_random_reveals():
             total += cross_entropies(predict, x, mask)[0, list(group)].sum().item()
             mask[0, list(group)] = False
     assert schedule_bound(curve, [1, 2, 1]) == pytest.approx(total / len(orders), rel=1e-12)
+    assert schedule_bound(curve, [0, 1, 0, 2, 1, 0]) == schedule_bound(curve, [1, 2, 1])
     assert schedule_bound(curve, [1] * T) == pytest.approx(curve.sum().item(), rel=1e-12)
     assert schedule_bound(curve, [T]) == pytest.approx(T * curve[T].item(), rel=1e-12)
 
@@ -153,7 +154,7 @@ def test_optimal_schedules_match_brute_force():
             assert schedule_bound(curve, schedule) == pytest.approx(best, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [[2, 1], [5], [4, 0], [5, -1]])
+@pytest.mark.parametrize("schedule", [[2, 1], [5], [], [5, -1]])
 def test_schedules_that_do_not_write_the_window_are_refused(schedule):
     with pytest.raises(ValueError, match="schedule"):
         schedule_bound(torch.ones(T + 1), schedule)
