@@ -89,11 +89,22 @@ class KeyValueCache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row b becomes a copy of row rows[b] (beam search). Only the filled part is moved."""
-        self.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
-        self.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
+    def reorder(self, rows: Tensor, shared: int = 0) -> None:
+        """Row b becomes a copy of row rows[b] (beam search); there may be more rows than before, or fewer.
+
+        Columns below `shared` are the same in all rows already and stay where they are.
+        """
+        if len(rows) != self.keys.shape[1]:
+            self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        else:
+            for stored in (self.keys, self.values):
+                stored[:, :, :, shared : self.length] = stored[:, rows, :, shared : self.length]
         self.inputs = self.inputs[:, rows]
+
+    def clear(self) -> None:
+        """Forget everything: the next tokens are the first."""
+        self.length = 0
+        self.inputs.zero_()
 
 
 # ------------------------------------------------------------------------------------------------- arch="rotary"
