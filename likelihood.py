@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion import MIN_T, compute_llada_loss, forward_process
+
 Predict = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V)
 Policy = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, T, V), masked (B, T), step -> to reveal (B, T)
 DRAWS_PER_COUNT = 8  # at least so many masks for every count m: a residual against fewer would flatter the interval
@@ -139,7 +141,7 @@ def bound_from_masks(
 def losses(predict: Predict, inputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of targets (B, T) given inputs (B or 1, T): (B, T) float64 nats, on the CPU."""
     log_p = predict(inputs).log_softmax(-1).expand(len(targets), -1, -1)
-    return -log_p.gather(-1, targets[..., None])[..., 0].double().cpu()
+    return -log_p.gather(-1, targets[..., None])[..., 0].cpu().double()
 
 
 def pairs_needed(n_windows: int, T: int, pairs: int) -> int:
@@ -175,6 +177,22 @@ def likelihood_bound(
     return Likelihood.join(parts)
 
 
+@torch.no_grad()
+def uniform_t_bound(
+    predict: Predict, windows: Tensor, mask_token_id: int, draws: int, generator: torch.Generator | None = None
+) -> float:
+    """The same bound in nats/token by plain Monte Carlo: the training loss at `draws` independent uniform t a window.
+
+    Only here to be compared with: its variance for each network evaluation is several times that of `likelihood_bound`.
+    """
+    total = 0.0
+    for _ in range(draws):
+        t = MIN_T + (1 - MIN_T) * torch.rand(len(windows), generator=generator)
+        masked, mask = forward_process(windows, t, mask_token_id, generator)
+        total += compute_llada_loss(predict(masked), windows, mask, t).item()
+    return total / draws
+
+
 # ------------------------------------------------------------------------------------------------- schedules
 def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
     """Upper bound in nats/window of writing T tokens in len(schedule) steps, schedule[k] of them at step k.
@@ -187,6 +205,21 @@ def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
         raise ValueError(f"a schedule for {len(curve) - 1} tokens must be counts of 0 or more with that sum")
     masked = n.flip(0).cumsum(0).flip(0)  # (K,) still masked when step k begins
     return float((n * curve[masked]).sum())
+
+
+def monotone(curve: Tensor) -> Tensor:
+    """The non-decreasing curve nearest to c(1..T) in squares, by pooling adjacent violators; c(0) stays 0.
+
+    An ideal predictor's c(m) cannot fall with m. Good for drawing and for choosing; figures come from the curve itself.
+    """
+    pools: list[list[float]] = []  # sum, count
+    for value in curve[1:].tolist():
+        pools.append([value, 1])
+        while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
+            total, count = pools.pop()
+            pools[-1][0] += total
+            pools[-1][1] += count
+    return torch.tensor([0.0] + [total / count for total, count in pools for _ in range(int(count))]).to(curve)
 
 
 def optimal_schedules(curve: Tensor) -> list[list[int]]:
@@ -235,8 +268,8 @@ def policy_likelihood(
             reveal = policy(logits, masked, step)
             if (reveal & ~masked).any() or not reveal.any(1).all():
                 raise ValueError("a policy must reveal at least one masked position of each row, and no visible one")
-            ce = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].double()
-            token_nats[rows] += ce.masked_fill(~reveal, 0.0).cpu()
+            ce = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].cpu().double()
+            token_nats[rows] += ce.masked_fill(~reveal.cpu(), 0.0)
             nfe[rows] += 1
             masked, step = masked & ~reveal, step + 1
             unfinished = masked.any(1)

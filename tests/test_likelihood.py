@@ -13,9 +13,11 @@ from likelihood import (
     bound_from_masks,
     complementary_masks,
     likelihood_bound,
+    monotone,
     optimal_schedules,
     policy_likelihood,
     schedule_bound,
+    uniform_t_bound,
 )
 
 
@@ -67,6 +69,16 @@ def test_estimator_mean_is_the_exact_bound():
     ).double()
     assert runs.std() > 0
     assert abs(runs.mean() - exact / chars) <= 5 * runs.std() / len(runs) ** 0.5
+
+
+def test_plain_monte_carlo_estimates_the_same_bound_with_more_variance():
+    predict, windows = TablePredictor(), all_strings()
+    exact = sum(subset_bound(predict, x) for x in windows) / windows.numel()
+    generator = seeded(0)
+    plain = torch.tensor([uniform_t_bound(predict, windows, MASK, 2, generator) for _ in range(300)]).double()
+    paired = [likelihood_bound(predict, [windows], MASK, 1, 128, generator).nats_per_char for _ in range(300)]
+    assert abs(plain.mean() - exact) <= 5 * plain.std() / len(plain) ** 0.5
+    assert torch.tensor(paired).var() < plain.var() / 3
 
 
 def short_bound(predict, x) -> float:
@@ -152,6 +164,15 @@ def test_optimal_schedules_match_brute_force():
             best = min(schedule_bound(curve, list(c)) for c in compositions)
             assert len(schedule) == steps
             assert schedule_bound(curve, schedule) == pytest.approx(best, rel=1e-12)
+
+
+def test_monotone_curve_is_the_nearest_non_decreasing_one():
+    curve = torch.tensor([0, 3.0, 1.0, 2.0, 5.0, 4.0], dtype=torch.float64)
+    assert monotone(curve).tolist() == [0, 2, 2, 2, 4.5, 4.5]
+    curve = torch.rand(6, generator=seeded(0), dtype=torch.float64)
+    best = (monotone(curve)[1:] - curve[1:]).square().sum()
+    others = itertools.combinations_with_replacement(torch.linspace(0, 1, 11, dtype=torch.float64), 5)
+    assert all(best <= (torch.stack(other) - curve[1:]).square().sum() for other in others)
 
 
 @pytest.mark.parametrize("schedule", [[2, 1], [5], [], [5, -1]])
