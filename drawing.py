@@ -91,3 +91,14 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
 def uniforms(generators: list[torch.Generator], n: int = 1) -> Tensor:
     """(B, n) float64 uniforms in [0, 1): row b from its own generator."""
     return torch.stack([torch.rand(n, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators])
+
+
+def noise(generators: list[torch.Generator], where: Tensor) -> Tensor:
+    """(B, T) float64: uniforms in [0, 1) where `where` (B, T) is true, else 0.
+
+    Row b draws exactly as many numbers as it needs from its own generator: padding costs none.
+    """
+    u = torch.zeros(where.shape, dtype=torch.float64)
+    for row, (needed, generator) in enumerate(zip(where.cpu(), generators, strict=True)):
+        u[row, needed] = torch.rand(int(needed.sum()), generator=generator, dtype=torch.float64)
+    return u.to(where.device)
