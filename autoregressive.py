@@ -143,7 +143,6 @@ class SlidingContext:
 
 
 # ------------------------------------------------------------------------------------------------- drawing
-@torch.inference_mode()
 def decode(
     model: GPT,
     prompts: Sequence[Tensor],
@@ -164,18 +163,38 @@ def decode(
     A row ends with [END], or when stop(its written ids) says so, and is [PAD] from then on; the iterator ends with the
     last row. Every new token sees the last `context_len` (default: block_size) tokens of its text, see SlidingContext
     for `slide`. temperature 0 is greedy; the repetition penalty counts prompt and written tokens. `generator`: see
-    drawing.row_generators; a row's text does not depend on the batch. Raises ValueError for values out of range.
+    drawing.row_generators; a row's text does not depend on the batch. Raises ValueError, at once, for bad values.
     """
-    check_lengths(max_out_tokens, repetition_penalty)
+    check_writing(max_out_tokens, repetition_penalty)
+    probabilities(torch.zeros(1, 2), temperature, top_k, top_p)  # raises for what it does not accept
     context = SlidingContext(model, prompts, max_out_tokens, context_len, slide, use_cache)
     generators = row_generators(generator, context.tokens)
-    written: list[list[int]] = [[] for _ in prompts]
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=context.tokens.device)
-    seen = seen_tokens(context.tokens, model.config.vocab_size)
-    for _ in range(max_out_tokens):
-        logits = penalize_repetition(context.next_logits(), seen, repetition_penalty)
+
+    def choose(logits: Tensor, seen: Tensor) -> Tensor:
+        """(B, V) logits, what the texts hold (B, V) -> (B,) tokens."""
+        logits = penalize_repetition(logits, seen, repetition_penalty)
+        if temperature == 0:
+            return logits.argmax(-1)
         p = probabilities(logits, temperature, top_k, top_p)
-        tokens = draw(p, uniforms(generators)[:, 0].to(p.device)).masked_fill(ended, PAD_ID)
+        return draw(p, uniforms(generators)[:, 0].to(p.device))
+
+    return write(context, choose, max_out_tokens, stop)
+
+
+@torch.inference_mode()
+def write(
+    context: SlidingContext,
+    choose: Callable[[Tensor, Tensor], Tensor],
+    max_out_tokens: int,
+    stop: Callable[[list[int]], bool] | None,
+) -> Iterator[Tensor]:
+    """The loop of `decode`: ask for logits, choose, append, until every row has ended."""
+    B = len(context.tokens)
+    written: list[list[int]] = [[] for _ in range(B)]
+    ended = torch.zeros(B, dtype=torch.bool, device=context.tokens.device)
+    seen = seen_tokens(context.tokens, context.model.config.vocab_size)
+    for _ in range(max_out_tokens):
+        tokens = choose(context.next_logits(), seen).masked_fill(ended, PAD_ID)
         yield tokens
         for row, token in enumerate(tokens.tolist()):
             written[row].append(token)
@@ -192,7 +211,8 @@ def seen_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
     return torch.zeros(len(tokens), vocab_size, dtype=torch.bool, device=tokens.device).scatter_(1, tokens, True)
 
 
-def check_lengths(max_out_tokens: int, repetition_penalty: float) -> None:
+def check_writing(max_out_tokens: int, repetition_penalty: float) -> None:
+    """Raise ValueError for values out of range."""
     if max_out_tokens < 0:
         raise ValueError(f"max_out_tokens must be at least 0, got {max_out_tokens}")
     if not repetition_penalty > 0:
@@ -223,7 +243,7 @@ def beam_search(
     which makes scores of penalized texts no likelihoods. Fewer than num_return pairs come back if fewer texts exist.
     Raises ValueError for values out of range.
     """
-    check_lengths(max_out_tokens, repetition_penalty)
+    check_writing(max_out_tokens, repetition_penalty)
     check_beams(num_beams, num_return, early_stopping)
     context = SlidingContext(model, [prompt], max_out_tokens, context_len, slide)
     scores = torch.zeros(1, device=context.tokens.device)  # (beams,) log-probabilities: one beam until the first step
@@ -258,6 +278,7 @@ def beam_search(
 
 
 def check_beams(num_beams: int, num_return: int, early_stopping: bool | str) -> None:
+    """Raise ValueError for values out of range."""
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
     if not 1 <= num_return <= num_beams:
