@@ -4,6 +4,7 @@ Text that was asked for goes to standard output; everything said about it goes t
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -66,6 +67,23 @@ def number(kind: type, low=None, high=None, above=None, below=None) -> Callable[
 
 
 POSITIVE_INT = number(int, low=1)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield stopping(): true once Ctrl-C was pressed, so that work can end at a good place. A second one interrupts."""
+    pressed = False
+
+    def note(*_) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -311,6 +311,14 @@ class Transformer(nn.Module):
         """Trainable parameters, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self) -> float:
+        """Training FLOPs a token, forward and backward: 6 a weight, 12 C T a layer for attention (PaLM, appendix B).
+
+        Embeddings are looked up, not multiplied; the causal model's masked half of the attention is counted as well.
+        """
+        weights = self.num_parameters() - self.encoder.embedding.weight.numel()
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
 
 class GPT(Transformer):
     """The causal baseline: position t sees tokens 0..t and predicts token t + 1."""

@@ -66,7 +66,8 @@ def build_optimizers(
 
     Every group remembers its `initial_lr`, which `set_learning_rate` scales.
     """
-    matrices = [m.weight for m in getattr(model.encoder, "blocks", nn.ModuleList()).modules() if isinstance(m, nn.Linear)]
+    blocks = getattr(model.encoder, "blocks", nn.ModuleList())
+    matrices = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [

@@ -1,0 +1,134 @@
+"""A training run's whole state, and the files it is kept in: what makes resuming exact."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import Checkpoint, save_checkpoint
+from console import say
+from data import Corpus, ShakespeareDataset
+from model import Transformer
+from optim import build_optimizers
+from parallel import Processes
+
+VALIDATION_CHARS = 1 << 14  # scored at each validation inside the loop: evenly spaced windows, the same every time
+MUON_LR_RATIO = 10 / 3  # Muon's peak learning rate over AdamW's
+
+
+@dataclass
+class Settings:
+    """What a run is made of besides its network and its text."""
+
+    batch_size: int = 16  # windows a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 0.006  # AdamW's peak; Muon's follows in proportion
+    weight_decay: float = 0.0
+    steps: int | None = None  # the schedule counts steps,
+    minutes: float | None = None  # or follows the clock
+    eval_every: int | None = None  # steps; None: ten times a run
+    seed: int = 0
+    compile: bool = False
+
+
+@dataclass
+class Run:
+    """A training run's whole state; `checkpoint` and `Run.resume` turn it into a file and back, bit for bit."""
+
+    model: Transformer
+    corpus: Corpus
+    val_fraction: float
+    settings: Settings
+    processes: Processes
+    step: int = 0
+    seconds: float = 0.0  # spent so far, in this and earlier sessions
+    history: list[dict] = field(default_factory=list)  # one dict a validation: the lines of metrics.jsonl
+    losses: list[Tensor] = field(default_factory=list)  # of the steps since the last validation
+
+    def __post_init__(self):
+        settings, T = self.settings, self.model.config.block_size
+        parts = self.processes.world * settings.accumulate
+        if settings.batch_size % parts:
+            raise ValueError(f"--batch-size {settings.batch_size} cannot be shared by {parts} equal micro-batches")
+        self.model.to(self.processes.device)
+        self.optimizers = build_optimizers(
+            self.model, settings.lr, MUON_LR_RATIO * settings.lr, settings.weight_decay
+        )
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        train_ids, self.val_ids = self.corpus.split(self.val_fraction)
+        self.train_set = ShakespeareDataset(train_ids, self.corpus.tokenizer, T)
+        val_set = ShakespeareDataset(self.val_ids, self.corpus.tokenizer, T, stride=T)
+        spaced = torch.linspace(0, len(val_set) - 1, min(len(val_set), max(1, VALIDATION_CHARS // T))).long()
+        self.val_windows = val_set.gather(spaced)
+
+    def progress(self, clock: float) -> float:
+        """Share of the run that is done, 0..1, by steps or by the clock (seconds in this session)."""
+        if self.settings.steps is not None:
+            return self.step / self.settings.steps
+        return self.processes.agree(min(1.0, (self.seconds + clock) / (60 * self.settings.minutes)))
+
+    def checkpoint(self, clock: float) -> Checkpoint:
+        """The state as it is now."""
+        training = {
+            "settings": asdict(self.settings),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "generator": self.generator.get_state(),
+            "torch_rng": torch.get_rng_state(),  # dropout on the CPU
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.processes.device.type == "cuda" else [],
+            "seconds": self.seconds + clock,
+            "losses": [float(loss) for loss in self.losses],
+        }
+        corpus = {"name": self.corpus.name, "sha256": self.corpus.sha256, "val_fraction": self.val_fraction}
+        return Checkpoint(self.model, self.corpus.tokenizer, corpus, self.step, self.history, training)
+
+    @classmethod
+    def resume(cls, checkpoint: Checkpoint, corpus: Corpus, settings: Settings, processes: Processes) -> "Run":
+        """Go on where `checkpoint` stopped. Raises ValueError if the corpus is another text now."""
+        known = checkpoint.corpus
+        if corpus.sha256 != known["sha256"]:
+            raise ValueError(f"{known['name']} has changed since {checkpoint.path} was trained on it: cannot resume")
+        training = checkpoint.training
+        self = cls(checkpoint.model.train(), corpus, known["val_fraction"], settings, processes)
+        self.step, self.history, self.seconds = checkpoint.step, checkpoint.history, training["seconds"]
+        self.losses = [torch.tensor(loss, device=processes.device) for loss in training["losses"]]
+        for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.generator.set_state(training["generator"])
+        torch.set_rng_state(training["torch_rng"])
+        if training["cuda_rng"] and processes.device.type == "cuda":
+            torch.cuda.set_rng_state_all(training["cuda_rng"])
+        return self
+
+
+class Keeper:
+    """Writes a run's files: last.pt and metrics.jsonl at every validation, best.pt when it is the best one so far.
+
+    A run that was in `folder` before is moved aside, not overwritten, once there is something to put in its place.
+    """
+
+    def __init__(self, run: Run, folder: Path, resumed: bool, clock: Callable[[], float]):
+        self.run, self.folder, self.fresh, self.clock = run, folder, not resumed, clock
+
+    def on_validation(self, record: dict) -> None:
+        """Keep the state of this validation."""
+        self.save_last()
+        if record["val_loss"] <= min(line["val_loss"] for line in self.run.history):
+            save_checkpoint(self.folder / "best.pt", self.run.checkpoint(self.clock()))
+
+    def save_last(self) -> None:
+        """Write last.pt and metrics.jsonl."""
+        if self.fresh and any(self.folder.glob("*.pt")):
+            names = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            self.folder.rename(aside)
+            say(f"the run that was in {self.folder} is in {aside} now")
+        self.fresh = False
+        save_checkpoint(self.folder / "last.pt", self.run.checkpoint(self.clock()))
+        lines = "".join(json.dumps(line) + "\n" for line in self.run.history)
+        temporary = self.folder / "metrics.jsonl.part"
+        temporary.write_text(lines)
+        temporary.replace(self.folder / "metrics.jsonl")

@@ -1,0 +1,282 @@
+"""Train LLaDA or GPT: `python train.py --help`.
+
+The loop is `train_loop`. Everything random is drawn on the CPU for the whole global batch and then shared out: one
+process, several processes and accumulated micro-batches see the same numbers, and a resumed run repeats one that was
+never interrupted.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import console
+from autoregressive import causal_inputs, compute_gpt_loss, exact_nll
+from checkpoint import load_checkpoint
+from console import POSITIVE_INT, deferred_interrupt, number, progress, say
+from data import load_corpus, validation_windows
+from diffusion import compute_llada_loss, forward_process, sample_t
+from likelihood import Likelihood, likelihood_bound
+from model import CONFIGS, ENCODERS, MODELS, Transformer
+from optim import learning_rate_factor, set_learning_rate
+from parallel import Processes
+from run import Keeper, Run, Settings
+from tokenizer import MASK_ID, START_ID, SimpleTokenizer
+
+FINAL_CHARS = 1 << 18  # scored at the end: all of TinyShakespeare's validation part
+PRESETS = {
+    "laptop": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 16, "minutes": 2.75},
+    "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "steps": 5000,
+            "dropout": 0.2, "weight_decay": 0.1},
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what is minimized
+def make_batch(name: str, sequences: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """(B, T) windows -> the tensors, B rows each, that `compute_loss` wants. All the randomness of a step is here."""
+    if name == "gpt":
+        return causal_inputs(sequences, START_ID), sequences
+    t = sample_t(len(sequences), generator)
+    masked, mask = forward_process(sequences, t, MASK_ID, generator)
+    return masked, sequences, mask, t
+
+
+def compute_loss(name: str, model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """nats/token: exact for GPT, an upper bound for LLaDA, whose head is computed at masked positions only."""
+    if name == "gpt":
+        inputs, targets = batch
+        return compute_gpt_loss(model(inputs), targets)
+    masked, targets, mask, t = batch
+    return compute_llada_loss(model(masked, at=mask), targets, mask, t)
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+def train_step(run: Run, model: torch.nn.Module) -> Tensor:
+    """One optimizer step on one global batch; returns its loss (nats/token), averaged over the processes."""
+    settings, processes = run.settings, run.processes
+    batch = make_batch(run.model.name, run.train_set.sample(settings.batch_size, run.generator), run.generator)
+    total = torch.zeros((), device=processes.device)
+    for part in range(settings.accumulate):
+        with processes.local(model, last=part == settings.accumulate - 1), autocast(processes.device):
+            loss = compute_loss(run.model.name, model, processes.share(batch, part, settings.accumulate))
+            (loss / settings.accumulate).backward()
+        total += loss.detach() / settings.accumulate
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return total
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """Loss (nats/char: exact, or one draw of the bound) on the run's windows, the same ones and masks every time."""
+    run.model.eval()
+    batch = make_batch(run.model.name, run.val_windows, torch.Generator().manual_seed(0))
+    batch = tuple(x.to(run.processes.device) for x in batch)
+    with autocast(run.processes.device):
+        loss = compute_loss(run.model.name, run.model, batch).item()
+    run.model.train()
+    return loss
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is fast: CUDA. CPUs without it would crawl."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train_loop(
+    run: Run,
+    on_validation: Callable[[dict], None] = lambda record: None,
+    update: Callable[[float, str], None] = lambda progress, note: None,
+    stopping: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] | None = None,
+) -> None:
+    """Train `run` to its end, or until stopping() after a step; both leave it where it can go on exactly.
+
+    on_validation(record) is called for each new line of the history, update(progress, note) after each step. clock()
+    gives the seconds of this session, by default from now on.
+    """
+    start = time.monotonic()
+    clock = clock or (lambda: time.monotonic() - start)
+    settings, tokens_per_step = run.settings, run.settings.batch_size * run.model.config.block_size
+    model = run.processes.replicate(run.model.train())
+    done = run.progress(clock())
+    next_validation = done + 0.1
+    while done < 1 and not run.processes.agree(stopping()):
+        set_learning_rate(run.optimizers, learning_rate_factor(done))
+        run.losses.append(train_step(run, model))
+        run.step += 1
+        done = run.progress(clock())
+        speed = run.step * tokens_per_step / (run.seconds + clock())
+        update(done, f"step {run.step}  loss {run.losses[-1]:.3f}  {speed:,.0f} tokens/s")
+        due = run.step % settings.eval_every == 0 if settings.eval_every else done >= next_validation
+        if due or done >= 1:
+            next_validation += 0.1
+            record = {
+                "step": run.step,
+                "tokens": run.step * tokens_per_step,
+                "seconds": run.seconds + clock(),
+                "train_loss": run.processes.mean(torch.stack(run.losses).mean()).item(),
+                "val_loss": validate(run),
+                "lr": run.optimizers[-1].param_groups[0]["lr"],
+            }
+            run.losses.clear()
+            run.history.append(record)
+            on_validation(record)
+
+
+# ------------------------------------------------------------------------------------------------- what came of it
+def score(model: Transformer, ids: Tensor, tokenizer: SimpleTokenizer, max_chars: int | None = None) -> Likelihood:
+    """Negative log-likelihood of `ids` in windows of block_size: exact for GPT, a bound with interval for LLaDA.
+
+    Every character counts once; beyond max_chars, evenly spaced windows of that many are taken.
+    """
+    T, device = model.config.block_size, next(model.parameters()).device
+    windows = validation_windows(ids, T, tokenizer)
+    if max_chars is not None and len(ids) > max_chars:
+        spaced = torch.linspace(0, len(windows[0]) - 1, max(1, max_chars // T)).long()
+        windows = [windows[0][spaced]]
+    windows = [part.to(device) for part in windows]
+    if model.name == "gpt":
+        return Likelihood.exact([exact_nll(model, part, START_ID).cpu() for part in windows])
+    return likelihood_bound(model, windows, MASK_ID, pairs=2, generator=torch.Generator().manual_seed(0))
+
+
+def report(run: Run, seconds: float) -> None:
+    """Say what the run cost: parameters, tokens, epochs, FLOPs."""
+    params, tokens = run.model.num_parameters(), run.step * run.settings.batch_size * run.model.config.block_size
+    flops = run.model.flops_per_token() * tokens
+    say(f"{params:,} parameters saw {tokens:,} tokens ({tokens / len(run.train_set.ids):.1f} epochs, "
+        f"{tokens / params:.1f} tokens/parameter; Chinchilla's optimum is about 20)")  # fmt: skip
+    speed = f"in {seconds:.0f} s: {flops / seconds / 1e9:.1f} GFLOP/s"
+    say(f"{flops:.3g} FLOPs = {flops / 8.64e19:.2g} petaFLOP/s-days {speed}")
+
+
+# ------------------------------------------------------------------------------------------------- command line
+def parse_arguments() -> argparse.Namespace:
+    """The flags; whatever is not given comes from the preset."""
+    parser = argparse.ArgumentParser(description="Train LLaDA (masked diffusion) or GPT (causal) on a text.")
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="llada")
+    add("--data", metavar="NAME|FILE", help="tinyshakespeare (default), pydoc, or a UTF-8 text file")
+    add("--val-fraction", type=number(float, above=0, below=1), help="share of the text to validate on (default 0.2)")
+    add("--preset", choices=PRESETS, help="sizes and schedule (default: gpu if there is one, else laptop)")
+    add("--arch", choices=ENCODERS)
+    add("--n-layer", type=POSITIVE_INT)
+    add("--n-head", type=POSITIVE_INT)
+    add("--n-embd", type=POSITIVE_INT)
+    add("--block-size", type=POSITIVE_INT, help="context, in characters")
+    add("--dropout", type=number(float, low=0, below=1))
+    add("--batch-size", type=POSITIVE_INT, help="windows a step, over all processes and micro-batches")
+    add("--accumulate", type=POSITIVE_INT, help="micro-batches a step: less memory, same result")
+    add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's follows")
+    add("--weight-decay", type=number(float, low=0))
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=POSITIVE_INT)
+    length.add_argument("--minutes", type=number(float, above=0), help="the schedule follows the clock instead")
+    add("--eval-every", type=POSITIVE_INT, metavar="STEPS", help="validate this often (default: ten times a run)")
+    add("--seed", type=number(int, low=0, high=2**63 - 1))
+    add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--out", type=Path, default=Path("out"), help="writes OUT/MODEL/last.pt, best.pt, metrics.jsonl (default: out)")
+    add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on (default: with OUT/MODEL/last.pt)")
+    return parser.parse_args()
+
+
+def pick_device(name: str | None) -> str:
+    """The named device, or the best there is. Raises ValueError for one this machine does not have."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return next(device for device, here in available.items() if here)
+    if not available.get(name.split(":")[0], False):
+        here = ", ".join(device for device in available if available[device])
+        raise ValueError(f"--device {name}: not on this machine; it has {here}")
+    return name
+
+
+def new_run(args: argparse.Namespace, processes: Processes) -> Run:
+    """A fresh run: preset, then flags."""
+    preset = PRESETS[args.preset or ("gpu" if processes.device.type == "cuda" else "laptop")]
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    if "steps" in given or "minutes" in given:
+        preset = {k: v for k, v in preset.items() if k not in ("steps", "minutes")}
+    chosen = {"compile": processes.device.type == "cuda"} | preset | given
+    corpus = load_corpus(args.data)
+    config_class, settings = CONFIGS[args.model], Settings(**{k: chosen[k] for k in names(Settings) if k in chosen})
+    if settings.steps and not settings.eval_every:
+        settings.eval_every = max(1, settings.steps // 10)
+    config = {k: chosen[k] for k in names(config_class) if k in chosen}
+    torch.manual_seed(settings.seed)  # initial weights and dropout
+    model = MODELS[args.model](config_class(vocab_size=corpus.tokenizer.vocab_size, **config))
+    return Run(model, corpus, chosen.get("val_fraction", 0.2), settings, processes)
+
+
+def names(dataclass: type) -> list[str]:
+    """The names of its fields."""
+    return [f.name for f in fields(dataclass)]
+
+
+def resumed_run(args: argparse.Namespace, processes: Processes) -> Run:
+    """The run of a checkpoint, with its own settings; only its end may be moved."""
+    movable = {"model", "steps", "minutes", "eval_every", "device", "out", "resume"}
+    extra = [k for k, v in vars(args).items() if v is not None and k not in movable]
+    if extra:
+        flag = extra[0].replace("_", "-")
+        raise ValueError(f"--{flag} cannot change when resuming: drop it (--steps or --minutes may move the end)")
+    checkpoint = load_checkpoint(args.resume or args.out / args.model / "last.pt")
+    if not checkpoint.training:
+        raise ValueError(f"{checkpoint.path}: holds no training state: cannot resume")
+    settings = Settings(**checkpoint.training["settings"])
+    if args.steps or args.minutes:
+        settings.steps, settings.minutes = args.steps, args.minutes
+    settings.eval_every = args.eval_every or settings.eval_every
+    return Run.resume(checkpoint, load_corpus(checkpoint.corpus["name"]), settings, processes)
+
+
+def main() -> None:
+    """Parse, train, keep, report."""
+    start = time.monotonic() - time.process_time()  # imports count: their CPU time is their wall time, near enough
+    args = parse_arguments()
+    processes = Processes(pick_device(args.device))
+    with processes.joined(), deferred_interrupt() as stopping:
+        run = new_run(args, processes) if args.resume is None else resumed_run(args, processes)
+        if run.settings.compile:
+            run.model.encoder.compile()
+        folder, clock = args.out / run.model.name, lambda: time.monotonic() - start
+        keeper = Keeper(run, folder, args.resume is not None, clock)
+        say(f"{run.model.name}: {run.model.num_parameters():,} parameters on {run.corpus.name}, {processes}")
+        with progress(1, "train", processes.is_main and sys.stderr.isatty()) as update:
+
+            def on_validation(record: dict) -> None:
+                if processes.is_main:
+                    keeper.on_validation(record)
+                    log(record)
+
+            train_loop(run, on_validation, update, stopping, clock)
+        if not processes.is_main:
+            return
+        if stopping():
+            keeper.save_last()
+            say(f"stopped at step {run.step}; to go on, add --resume --model {run.model.name} --out {args.out}")
+            return
+        report(run, run.seconds + clock())
+        result = score(run.model.eval(), run.val_ids, run.corpus.tokenizer, FINAL_CHARS)
+        low, high = result.ci95
+        kind = "upper bound" if result.is_bound else "exact"
+        say(f"validation: {result.nats_per_char:.4f} nats/char, {kind}, on {int(result.lengths.sum()):,} characters "
+            f"(95 % interval {low:.4f}..{high:.4f} over windows)")  # fmt: skip
+        say(f"wrote {folder}/best.pt, last.pt, metrics.jsonl; next: python generate.py --prompt ROMEO:")
+
+
+def log(record: dict) -> None:
+    """One line a validation."""
+    say("step {step:>6}  {seconds:>6.0f} s  train {train_loss:.4f}  val {val_loss:.4f} nats/char".format(**record))
+
+
+if __name__ == "__main__":
+    console.run(main)
