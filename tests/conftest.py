@@ -1,0 +1,50 @@
+"""What several tests share: a small text, and the real commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors: a second thread only costs."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def corpus_file(tmp_path) -> Path:
+    """Eight thousand characters of text with some structure, as a file."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"{i}: the king is {['dead', 'alive'][i % 2]}.\n" for i in range(350)))
+    return path
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command("train.py", "--steps", 3) runs it in a scratch folder without network; returns the finished process."""
+
+    def call(program: str, *arguments, check: int | None = 0, stdin: str | None = None, env: dict | None = None):
+        blocked = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(
+            [sys.executable, str(ROOT / program), *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | blocked | (env or {}),
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check is not None:
+            assert process.returncode == check, process.stderr
+        assert "Traceback" not in process.stderr
+        return process
+
+    return call

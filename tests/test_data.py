@@ -1,0 +1,199 @@
+"""The download against a server on loopback; corpora by name and path; the split; windows and batches."""
+
+import hashlib
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import data
+from checkpoint import load_checkpoint
+from data import ShakespeareDataset, download_tinyshakespeare, load_corpus, validation_windows
+from tokenizer import SimpleTokenizer
+
+GOOD = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 300
+SHA256 = hashlib.sha256(GOOD).hexdigest()
+
+
+@pytest.fixture
+def server():
+    """serve(answer, answer, ...) -> url; each is (status, body, claimed length), the last one repeats."""
+    started = []
+
+    def serve(*answers):
+        answers = list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, body, length = answers.pop(0) if len(answers) > 1 else answers[0]
+                self.server.hits += 1
+                self.send_response(status)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        http = HTTPServer(("127.0.0.1", 0), Handler)
+        http.hits = 0
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        started.append(http)
+        return http, f"http://127.0.0.1:{http.server_port}/input.txt"
+
+    yield serve
+    for http in started:
+        http.shutdown()
+        http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+whole, missing, broken = (200, GOOD, len(GOOD)), (404, b"", 0), (500, b"", 0)
+cut_off, altered = (200, GOOD[:1000], len(GOOD)), (200, GOOD[:-1] + b"!", len(GOOD))
+
+
+@pytest.mark.parametrize("first", [missing, broken, cut_off, altered])
+def test_download_tries_again_and_checks(server, tmp_path, first):
+    http, url = server(first, whole)
+    path = download_tinyshakespeare(tmp_path / "a" / "input.txt", url, SHA256)
+    assert path.read_bytes() == GOOD
+    assert http.hits == 2
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("answer", "reason"), [(missing, "404"), (cut_off, "IncompleteRead"), (altered, "SHA-256")])
+def test_failed_download_says_why_and_leaves_what_was_there(server, tmp_path, answer, reason):
+    http, url = server(answer)
+    (tmp_path / "input.txt").write_text("old")
+    with pytest.raises(OSError, match=reason):
+        download_tinyshakespeare(tmp_path / "input.txt", url, SHA256)
+    assert http.hits == 3
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("input.txt", "old")]
+
+
+def test_default_falls_back_to_pydoc_loudly_but_a_named_corpus_never(server, tmp_path, monkeypatch, capsys):
+    _, url = server(missing)
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data.download_tinyshakespeare, "__defaults__", (url, SHA256, 3, 10.0))
+    corpus = load_corpus()
+    assert corpus.name == "pydoc"
+    assert "WARNING" in capsys.readouterr().err
+    with pytest.raises(OSError, match="could not download"):
+        load_corpus("tinyshakespeare")
+    with pytest.raises(ValueError, match=r"--data nowhere\.txt: no such file"):
+        load_corpus("nowhere.txt")
+
+
+def test_tinyshakespeare_is_downloaded_once(server, tmp_path, monkeypatch):
+    http, url = server(whole)
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data, "TINYSHAKESPEARE_SHA256", SHA256)
+    monkeypatch.setattr(data.download_tinyshakespeare, "__defaults__", (url, SHA256, 3, 10.0))
+    for _ in range(2):
+        corpus = load_corpus()
+        assert (corpus.name, corpus.sha256, len(corpus.ids)) == ("tinyshakespeare", SHA256, len(GOOD))
+    assert http.hits == 1
+    (tmp_path / "tinyshakespeare.txt").write_text("damaged")
+    assert load_corpus().sha256 == SHA256
+    assert http.hits == 2
+
+
+def test_without_network_train_says_so_in_the_checkpoint(command, tmp_path):
+    clone = tmp_path / "clone"  # its own folder of corpora, empty
+    clone.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, clone)
+    process = command(clone / "train.py", *TINY, "--steps", 2)
+    assert "WARNING" in process.stderr
+    assert "pydoc" in process.stderr
+    checkpoint = load_checkpoint(tmp_path / "out/llada/last.pt")
+    assert checkpoint.corpus["name"] == "pydoc"
+    assert checkpoint.corpus["sha256"] == load_corpus("pydoc").sha256
+    process = command(clone / "train.py", *TINY, "--steps", 2, "--data", "tinyshakespeare", check=2)
+    assert len(process.stderr.strip().splitlines()) == 2
+    assert "could not download" in process.stderr
+
+
+def test_large_texts_are_mapped_and_hold_the_same_ids(tmp_path, monkeypatch):
+    path = tmp_path / "large.txt"
+    path.write_text("naïve — 試 " * 5000 + "end", encoding="utf-8")
+    small = load_corpus(str(path))
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(data, "CHUNK_BYTES", 1001)  # cuts characters apart
+    large = load_corpus(str(path))
+    assert torch.equal(small.ids, large.ids)
+    assert small.sha256 == large.sha256
+    assert small.tokenizer.char_to_id == large.tokenizer.char_to_id
+    built = path.with_name("large.txt.ids").stat().st_mtime_ns
+    load_corpus(str(path))
+    path.touch()  # another time, the same text
+    load_corpus(str(path))
+    assert path.with_name("large.txt.ids").stat().st_mtime_ns == built
+    path.write_text("quite another text " * 5000)
+    changed = load_corpus(str(path))
+    assert changed.tokenizer.decode(changed.ids[:18]) == "quite another text"
+    assert json.loads(path.with_name("large.txt.ids.json").read_text())["sha256"] == changed.sha256
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"abc\xff", "not UTF-8 .*byte 3"), (b"ab\xc3", "ends inside"), (b"", "empty")]
+)
+def test_files_that_are_no_text_are_refused(tmp_path, content, message):
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(tmp_path / "bad.txt"))
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.2, 0.37])
+def test_split_is_by_position_without_leakage(val_fraction):
+    corpus = data.corpus_from_text("x", "".join(map(chr, range(1000, 2000))))  # every character once
+    train, val = corpus.split(val_fraction)
+    assert torch.equal(torch.cat([train, val]), corpus.ids)
+    assert len(val) == round(1000 * val_fraction)
+    windows = ShakespeareDataset(train, corpus.tokenizer, 16)
+    assert not set(windows.gather(torch.arange(len(windows))).unique().tolist()) & set(val.tolist())
+
+
+def test_tinyshakespeares_split_is_nanogpts():
+    ids = torch.zeros(1_115_394, dtype=torch.uint8)
+    parts = data.Corpus("tinyshakespeare", "", SimpleTokenizer("a"), ids).split(0.1)
+    assert [len(part) for part in parts] == [1_003_854, 111_540]
+
+
+def test_dataset_windows_are_those_of_slicing():
+    tokenizer = SimpleTokenizer("abcdefghij")
+    text = "abcdefghij" * 3
+    dataset = ShakespeareDataset(text, tokenizer, seq_length=7, stride=4)
+    expected = [text[i : i + 7] for i in range(0, 30 - 7 + 1, 4)]
+    assert [tokenizer.decode(dataset[i]) for i in range(len(dataset))] == expected
+    assert dataset[0].dtype == torch.long
+    assert next(iter(torch.utils.data.DataLoader(dataset, batch_size=6))).shape == (6, 7)
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+    with pytest.raises(ValueError, match="too few for one window of 31"):
+        ShakespeareDataset(text, tokenizer, 31)
+
+
+@pytest.mark.parametrize("length", [5, 16, 48, 50])
+def test_validation_covers_every_character_once(length):
+    ids = torch.arange(4, 4 + length, dtype=torch.uint8)
+    windows = validation_windows(ids, 16, SimpleTokenizer("a"))
+    assert torch.equal(torch.cat([part.flatten() for part in windows]), ids.long())
+
+
+def test_batches_follow_the_generator():
+    dataset = ShakespeareDataset(torch.arange(4, 250, dtype=torch.uint8), SimpleTokenizer("a"), 8)
+    one, two, other = (dataset.sample(5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert (one[:, 1:] - one[:, :-1] == 1).all()
