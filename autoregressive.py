@@ -92,6 +92,8 @@ class SlidingContext:
         use_cache: bool = True,
     ):
         """prompts: B tensors of ids, (T,) each, lengths may differ. room: how many tokens will be appended at most."""
+        if not model.causal:
+            raise ValueError(f"writing from left to right needs a causal model, and this is {model.name}")
         config = model.config
         self.context_len = config.block_size if context_len is None else context_len
         if not 1 <= self.context_len <= config.block_size:
