@@ -1,149 +1,26 @@
-"""Text in, text out: `python generate.py --help`.
-
-Prompts become ids with [START] before them, ids become text; the writing itself is autoregressive.py (GPT) and
-sampler.py (LLaDA).
-"""
+"""Write text with a trained model: `python generate.py --help`."""
 
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from autoregressive import SlidingContext, beam_search, decode
 from chat import chat
 from checkpoint import load_checkpoint, newest_checkpoint
 from console import POSITIVE_INT, number, run, say
-from model import MODELS, Transformer
-from tokenizer import START_ID, SimpleTokenizer
+from model import MODELS
+from templates import HOLE, infill, parse_template
 from train import pick_device
+from writer import LENGTH, GeneratorTransformer, generate_text, generate_texts, prompt_ids, stream_texts
 
-LENGTH = 200  # tokens written unless asked otherwise
+__all__ = ["GeneratorTransformer", "generate_text", "generate_texts", "infill"]  # what is for others to import
+
 EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 DRAWING = ("temperature", "top_k", "top_p", "seed", "stop")  # flags that mean nothing to a beam search,
 BEAMS = ("length_penalty", "early_stopping")  # and those that mean something to nothing else
 
 
-# ------------------------------------------------------------------------------------------------- text level
-def generate_text(model: Transformer, tokenizer: SimpleTokenizer, prompt: str = "", **settings) -> str:
-    """The prompt and what the model writes after it. Settings: see `stream_texts`."""
-    return generate_texts(model, tokenizer, [prompt], **settings)[0]
-
-
-def generate_texts(
-    model: Transformer, tokenizer: SimpleTokenizer, prompts: Sequence[str], **settings
-) -> list[str]:
-    """Each prompt, of any length, with what the model writes after it; one batch. Settings: see `stream_texts`."""
-    texts = list(prompts)
-    for pieces in stream_texts(model, tokenizer, prompts, **settings):
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-    return texts
-
-
-def stream_texts(
-    model: Transformer,
-    tokenizer: SimpleTokenizer,
-    prompts: Sequence[str],
-    length: int = LENGTH,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    **settings,
-) -> Iterator[list[str]]:
-    """Yield the next piece of each text as it is written, "" for those that have ended, without the prompts.
-
-    length: tokens to write at most. A text depends on its prompt, the seed and how many equal prompts stand before it,
-    not on the rest of the batch. It ends after [END] or any of the strings `stop`, which stay part of it. Other
-    settings: those of `autoregressive.decode`. Raises ValueError for unknown characters and bad values, at once.
-    """
-    longest = max(map(len, stop), default=0)
-
-    def stopped(written: list[int]) -> bool:
-        tail = tokenizer.decode(written[-longest:])  # every token is a character at least
-        return any(string in tail for string in stop)
-
-    tokens = decode(
-        model,
-        [prompt_ids(tokenizer, prompt) for prompt in prompts],
-        max_out_tokens=length,
-        generator=torch.Generator().manual_seed(seed),
-        stop=stopped if longest else None,
-        **settings,
-    )
-    return ([tokenizer.decode([token]) for token in row.tolist()] for row in tokens)
-
-
-def prompt_ids(tokenizer: SimpleTokenizer, prompt: str) -> Tensor:
-    """(1 + len(prompt),) ids: [START] opens every text. Raises ValueError for unknown characters."""
-    return torch.tensor([START_ID, *tokenizer.encode(prompt).tolist()])
-
-
-class GeneratorTransformer:
-    """A trained model that writes. Prompts are text, so are answers; all randomness follows from `seed`."""
-
-    def __init__(self, model: Transformer, tokenizer: SimpleTokenizer):
-        self.model, self.tokenizer = model.eval(), tokenizer
-
-    @classmethod
-    def load_from_checkpoint(cls, path: str | Path, device: str = "cpu") -> "GeneratorTransformer":
-        """The model of a file train.py wrote. Raises ValueError that names the file if it is none."""
-        checkpoint = load_checkpoint(path, device)
-        return cls(checkpoint.model, checkpoint.tokenizer)
-
-    def generate(
-        self,
-        prompt: str = "",
-        context_len: int | None = None,
-        temperature: float = 1.0,
-        max_out_tokens: int = LENGTH,
-        **settings,
-    ) -> str:
-        """The prompt and at most `max_out_tokens` more. Settings: see `stream_texts` and `autoregressive.decode`."""
-        return prompt + "".join(self.stream(prompt, context_len, temperature, max_out_tokens, **settings))
-
-    def stream(
-        self,
-        prompt: str = "",
-        context_len: int | None = None,
-        temperature: float = 1.0,
-        max_out_tokens: int = LENGTH,
-        **settings,
-    ) -> Iterator[str]:
-        """What `generate` writes after the prompt, as it is written."""
-        if context_len is not None:
-            settings["context_len"] = context_len
-        pieces = stream_texts(
-            self.model, self.tokenizer, [prompt], length=max_out_tokens, temperature=temperature, **settings
-        )
-        return (piece for [piece] in pieces)
-
-    def beam_search(
-        self, prompt: str = "", num_beams: int = 5, max_out_tokens: int = LENGTH, **settings
-    ) -> list[tuple[str, float]]:
-        """(text, score) pairs, best first, prompt included. Settings: see `autoregressive.beam_search`."""
-        ids = prompt_ids(self.tokenizer, prompt)
-        found = beam_search(self.model, ids, num_beams=num_beams, max_out_tokens=max_out_tokens, **settings)
-        return [(self.tokenizer.decode(ids.cpu()), score) for ids, score in found]
-
-    @torch.inference_mode()
-    def next_tokens(self, prompt: str = "", k: int = 10, context_len: int | None = None) -> list[tuple[str, float]]:
-        """The k likeliest next tokens with their probabilities, likeliest first. Raises ValueError for bad values."""
-        context = SlidingContext(self.model, [prompt_ids(self.tokenizer, prompt)], 0, context_len)
-        return self.likeliest(context.next_logits()[0], k)
-
-    def likeliest(self, logits: Tensor, k: int) -> list[tuple[str, float]]:
-        """logits (V,) -> the k likeliest tokens with their probabilities, likeliest first."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        best = logits.double().softmax(-1).topk(min(k, int((logits > -torch.inf).sum())))
-        return [
-            (self.tokenizer.id_to_char[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-
-
-# ------------------------------------------------------------------------------------------------- command line
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """What both models understand."""
     add = parser.add_argument
@@ -222,7 +99,7 @@ def print_texts(writer: GeneratorTransformer, settings: dict) -> None:
         text = "\n\n".join(generate_texts(writer.model, writer.tokenizer, [prompt] * num_samples, **settings))
         print(text)
     seconds = time.perf_counter() - start
-    written = len(text) - num_samples * len(prompt)
+    written = len(text) - num_samples * len(prompt) - 2 * (num_samples - 1)
     say(f"{written} characters in {seconds:.2f} s: {written / seconds:.0f} characters/s")
 
 
@@ -241,16 +118,26 @@ def print_beams(writer: GeneratorTransformer, settings: dict) -> None:
 
 
 def print_next_tokens(writer: GeneratorTransformer, settings: dict) -> None:
-    """The prompt's tokens with their ids, then the likeliest next ones with their probabilities."""
+    """The prompt's tokens with their ids, and the likeliest next ones with their probabilities.
+
+    Of LLaDA: those of a template, and a table for each [MASK], or for one after the end if there is none.
+    """
     prompt, k, context_len = settings.pop("prompt", ""), settings.pop("top"), settings.pop("context_len", None)
     refuse(settings, settings, "--top looks at the model's own probabilities and writes nothing")
-    table = writer.next_tokens(prompt, k, context_len)
-    tokens = [f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in prompt_ids(writer.tokenizer, prompt).tolist()]
-    for start in range(0, len(tokens), 12):
-        print("   ".join(tokens[start : start + 12]))
-    print()
-    for token, p in table:
-        print(f"{show(token):8}{100 * p:7.3f} %")
+    if writer.model.causal:
+        ids = prompt_ids(writer.tokenizer, prompt)
+        tables = {"": writer.next_tokens(prompt, k, context_len)}
+    else:
+        template = prompt if HOLE.search(prompt) else prompt + "[MASK]"
+        ids = parse_template(template, writer.tokenizer)
+        tables = {f"[MASK] at position {i}": table for i, table in writer.tokens_at_masks(template, k)}
+    tokens = [f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in ids.tolist()]
+    for start in range(0, len(tokens), 10):
+        print("   ".join(tokens[start : start + 10]))
+    for title, table in tables.items():
+        print(f"\n{title}" if title else "")
+        for token, p in table:
+            print(f"{show(token):8}{100 * p:7.3f} %")
 
 
 def show(token: str) -> str:
