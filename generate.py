@@ -6,12 +6,18 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from chat import chat
 from checkpoint import load_checkpoint, newest_checkpoint
 from console import POSITIVE_INT, number, run, say
 from model import MODELS
-from templates import HOLE, infill, parse_template
+from sampler import REMASKERS
+from templates import HOLE, first_mask, infill, parse_template, prompt_template, write
+from tokenizer import MASK_ID
 from train import pick_device
+from unmasking import ORDERS, SCHEDULES
+from watch import watch
 from writer import LENGTH, GeneratorTransformer, generate_text, generate_texts, prompt_ids, stream_texts
 
 __all__ = ["GeneratorTransformer", "generate_text", "generate_texts", "infill"]  # what is for others to import
@@ -35,6 +41,38 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=POSITIVE_INT, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=number(float, above=0, high=1), metavar="P", help="... from the likeliest that make up P")
     add("--repetition-penalty", type=number(float, above=0), metavar="R", help="above 1: avoid tokens that are there")
+    add("--slide", type=POSITIVE_INT, metavar="N", help="move the window N tokens at a time (default: 1; LLaDA: half)")
+
+
+def add_llada_flags(parser: argparse.ArgumentParser) -> set[str]:
+    """What only LLaDA understands; returns the names."""
+    group = parser.add_argument_group("LLaDA")
+    add, rule = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    actions = [
+        add("--infill", metavar="TEMPLATE", help='fill the holes of a text: "ROMEO: [MASK*12] love [MASK*20]"'),
+        add("--steps", type=POSITIVE_INT, metavar="K", help="network evaluations a window, at most"),
+        add("--order", choices=ORDERS, help="which characters are written first (default: strided)"),
+        add("--schedule", type=schedule, metavar="S", help=f"how many a step: {', '.join(SCHEDULES)}, or 8,8,16"),
+        rule("--threshold", type=number(float, low=0, high=1), metavar="P", help="... and all that are so sure"),
+        rule("--factor", type=number(float, low=0), metavar="F", help="... and what Fast-dLLM's factor rule allows"),
+        rule("--entropy-bound", type=number(float, low=0), metavar="H", help="... while entropies sum to H nats"),
+        add("--block-length", type=POSITIVE_INT, metavar="N", help="write N characters after N, from left to right"),
+        add("--remask", choices=REMASKERS, help="second thoughts: mask written characters again"),
+        add("--eta", type=number(float, low=0, high=1), metavar="E", help="how often, with cap, rescale and loop"),
+        add("--cfg", "--cfg-scale", dest="cfg_scale", type=number(float, low=0), metavar="S", help="guidance"),
+        add("--watch", action="store_true", help="show the text filling in, on standard error"),
+    ]
+    return {action.dest for action in actions}
+
+
+def schedule(text: str) -> str | tuple[int, ...]:
+    """An argparse type: the name of a schedule, or its counts with commas between."""
+    if text in SCHEDULES:
+        return text
+    try:
+        return tuple(int(count) for count in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(SCHEDULES)} or counts like 8,8,16") from None
 
 
 def add_gpt_flags(parser: argparse.ArgumentParser, modes: argparse._MutuallyExclusiveGroup) -> set[str]:
@@ -42,7 +80,6 @@ def add_gpt_flags(parser: argparse.ArgumentParser, modes: argparse._MutuallyExcl
     add = parser.add_argument_group("GPT").add_argument
     actions = [
         add("--context-len", type=POSITIVE_INT, metavar="T", help="tokens it sees (default: the model's block_size)"),
-        add("--slide", type=POSITIVE_INT, metavar="N", help="move the window N tokens at a time (default: 1)"),
         add("--stop", action="append", metavar="TEXT", help="end after this text; may be given several times"),
         add("--length-penalty", type=number(float), metavar="A", help="beams: score = log p / length^A (default: 1)"),
         add("--early-stopping", choices=EARLY_STOPPING, help="beams: stop as soon as there are N texts (default: no)"),
@@ -58,7 +95,7 @@ def parse_args() -> tuple[dict, dict[str, set[str]]]:
     modes = parser.add_argument_group("instead of a drawn text").add_mutually_exclusive_group()
     modes.add_argument("--chat", action="store_true", help="read prompts line by line, answer each; `quit` leaves")
     modes.add_argument("--top", type=POSITIVE_INT, metavar="K", help="a table of the K likeliest next tokens")
-    foreign = {"llada": add_gpt_flags(parser, modes)}
+    foreign = {"llada": add_gpt_flags(parser, modes), "gpt": add_llada_flags(parser)}
     return vars(parser.parse_args()), foreign
 
 
@@ -98,9 +135,43 @@ def print_texts(writer: GeneratorTransformer, settings: dict) -> None:
     else:
         text = "\n\n".join(generate_texts(writer.model, writer.tokenizer, [prompt] * num_samples, **settings))
         print(text)
+    say_speed(len(text) - num_samples * len(prompt) - 2 * (num_samples - 1), start)
+
+
+def print_written(writer: GeneratorTransformer, settings: dict) -> None:
+    """What LLaDA writes into a template or after a prompt: one text as it settles, or several."""
+    if settings.get("remask") not in ("cap", "rescale", "loop"):
+        refuse(settings, ["eta"], "only with --remask cap, rescale or loop")
+    num_samples, watching = settings.pop("num_samples", 1), settings.pop("watch", False)
+    settings["generator"] = torch.Generator().manual_seed(settings.pop("seed", 0))
+    template = template_of(settings, writer)
+    start, shown = time.perf_counter(), 0
+    drafts = write(writer.model, [template] * num_samples, **settings)
+    for draft in watch(drafts, writer.tokenizer) if watching else drafts:
+        if num_samples == 1 and not watching and "remask" not in settings:
+            settled = first_mask(draft.texts[0], shown)
+            print(writer.tokenizer.decode(draft.texts[0][shown:settled].cpu()), end="", flush=True)
+            shown = settled
+    texts = [writer.tokenizer.decode(text.cpu()) for text in draft.texts]
+    print("\n\n".join([texts[0][shown:], *texts[1:]]))
+    say_speed(num_samples * int((template == MASK_ID).sum()), start, f", {draft.nfe} network evaluations")
+
+
+def template_of(settings: dict, writer: GeneratorTransformer) -> torch.Tensor:
+    """The ids of --infill, or of --prompt with --length characters to write. Raises ValueError if there are none."""
+    if "infill" not in settings:
+        return prompt_template(settings.pop("prompt", ""), settings.pop("length", LENGTH), writer.tokenizer)
+    refuse(settings, ("prompt", "length"), "the template of --infill says what to write")
+    template = parse_template(settings.pop("infill"), writer.tokenizer)
+    if not (template == MASK_ID).any():
+        raise ValueError("--infill: nothing to write; mark a hole as [MASK], or one of n characters as [MASK*n]")
+    return template
+
+
+def say_speed(written: int, start: float, cost: str = "") -> None:
+    """Characters written since `start`, on standard error."""
     seconds = time.perf_counter() - start
-    written = len(text) - num_samples * len(prompt) - 2 * (num_samples - 1)
-    say(f"{written} characters in {seconds:.2f} s: {written / seconds:.0f} characters/s")
+    say(f"{written} characters in {seconds:.2f} s: {written / seconds:.0f} characters/s{cost}")
 
 
 def print_beams(writer: GeneratorTransformer, settings: dict) -> None:
@@ -122,6 +193,9 @@ def print_next_tokens(writer: GeneratorTransformer, settings: dict) -> None:
 
     Of LLaDA: those of a template, and a table for each [MASK], or for one after the end if there is none.
     """
+    if "infill" in settings:
+        refuse(settings, ["prompt"], "--infill says all of the text")
+        settings["prompt"] = settings.pop("infill")
     prompt, k, context_len = settings.pop("prompt", ""), settings.pop("top"), settings.pop("context_len", None)
     refuse(settings, settings, "--top looks at the model's own probabilities and writes nothing")
     if writer.model.causal:
@@ -148,7 +222,7 @@ def show(token: str) -> str:
 def answer_prompts(writer: GeneratorTransformer, settings: dict) -> None:
     """The conversation: each turn has its own seed."""
     refuse(settings, BEAMS, "only with --beams")
-    refuse(settings, ("prompt", "num_samples"), "--chat reads its prompts, and answers each once")
+    refuse(settings, ("prompt", "num_samples", "infill", "watch"), "--chat reads its prompts, and answers each once")
     seed = settings.pop("seed", 0)
 
     def answer(prompt: str, turn: int) -> Iterator[str]:
@@ -167,6 +241,8 @@ def main() -> None:
         print_beams(writer, settings)
     elif settings.pop("chat", False):
         answer_prompts(writer, settings)
+    elif not writer.model.causal:
+        print_written(writer, settings)
     else:
         print_texts(writer, settings)
 

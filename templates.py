@@ -152,12 +152,14 @@ def pad_left(texts: Sequence[Tensor]) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- text in, text out
 def infill(
-    model: LLaDAModel, tokenizer: SimpleTokenizer, template: str | Sequence[str], **settings
+    model: LLaDAModel, tokenizer: SimpleTokenizer, template: str | Sequence[str], seed: int = 0, **settings
 ) -> str | list[str]:
     """Fill the holes of a template, or of several at once: "ROMEO: [MASK*12] love [MASK*20]" -> text of that length.
 
-    `settings`: see `write` and `reverse_process`. Raises ValueError for unknown characters and bad values.
+    `settings`: see `write` and `reverse_process`; a `generator` replaces the seed. Raises ValueError for unknown
+    characters and bad values.
     """
+    settings.setdefault("generator", torch.Generator().manual_seed(seed))
     templates = [template] if isinstance(template, str) else template
     drafts = write(model, [parse_template(text, tokenizer) for text in templates], **settings)
     texts = [tokenizer.decode(text.cpu()) for text in last(drafts).texts]
