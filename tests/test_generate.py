@@ -1,0 +1,249 @@
+"""generate.py, writer.py, chat.py: the real commands on tiny checkpoints, and what they promise."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import generate
+from autoregressive import exact_nll
+from checkpoint import Checkpoint, save_checkpoint
+from console import run
+from generate import GeneratorTransformer, generate_text, generate_texts
+from model import CONFIGS, MODELS
+from tokenizer import END_ID, START_ID, SimpleTokenizer
+
+TOKENIZER = SimpleTokenizer("\n :abcdefghijklmnopqrstuvwxyzROMEO")
+BLOCK_SIZE = 24
+
+
+def tiny_model(name: str, seed: int = 0):
+    """Random weights everywhere, so that what it writes depends on what it reads; [END] is next to impossible."""
+    model = MODELS[name](CONFIGS[name](TOKENIZER.vocab_size, BLOCK_SIZE, n_embd=16, n_head=2, n_layer=2)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.15, generator=generator)
+        model.head.weight *= 4
+        model.encoder.embedding.weight[:, 0] = 2.0  # a feature that is always on, and against [END]
+        model.head.weight[END_ID] = -100.0 * (torch.arange(16) == 0)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with out/llada/last.pt and, newer, out/gpt/last.pt."""
+    for name in ("llada", "gpt"):
+        path = tmp_path / "out" / name / "last.pt"
+        save_checkpoint(path, Checkpoint(tiny_model(name), TOKENIZER, {"name": "toy"}, step=7))
+        os.utime(path, (1, {"llada": 1, "gpt": 2}[name]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(folder, monkeypatch, capsys):
+    """call("--top", "3") runs generate.py's main in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        code = 0
+        try:
+            run(generate.main)
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------- text
+@pytest.mark.parametrize("name", ["gpt", "llada"])
+def test_the_command_writes_text_that_begins_with_the_prompt(folder, command, name):
+    process = command("generate.py", "--model", name, "--prompt", "ROMEO:", "--length", 40)
+    assert process.stdout.startswith("ROMEO:")
+    assert len(process.stdout) == len("ROMEO:") + 40 + 1
+    assert f"out/{name}/last.pt: {name}, step 7" in process.stderr
+    assert process.stdout.strip("\n") == generate_text(tiny_model(name), TOKENIZER, "ROMEO:", length=40).strip("\n")
+
+
+@pytest.mark.parametrize("name", ["gpt", "llada"])
+def test_same_seed_same_text(call, name):
+    texts = [call("--model", name, "--prompt", "the ", "--length", 20, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_newest_checkpoint_is_the_default(call):
+    assert call("--length", 3)[2].startswith("out/gpt/last.pt: gpt")
+    assert call("--model", "llada", "--length", 3)[2].startswith("out/llada/last.pt: llada")
+
+
+@pytest.mark.parametrize("name", ["gpt", "llada"])
+@pytest.mark.parametrize("prompt", ["", "a", "o romeo romeo " * 10])
+def test_prompts_may_be_empty_or_longer_than_the_context(call, name, prompt):
+    code, text, _ = call("--model", name, "--prompt", prompt, "--length", 30)
+    assert (code, len(text)) == (0, len(prompt) + 30 + 1)
+    assert text.startswith(prompt)
+
+
+def test_samples_are_separated_by_an_empty_line(folder, call):
+    _, text, _ = call("--prompt", "ROMEO:", "--length", 9, "--num-samples", 3)
+    writer = GeneratorTransformer.load_from_checkpoint(folder / "out/gpt/last.pt")
+    samples = generate_texts(writer.model, TOKENIZER, ["ROMEO:"] * 3, length=9)
+    assert text == "\n\n".join(samples) + "\n"
+    assert len(set(samples)) == 3
+
+
+def test_every_text_of_a_batch_is_the_one_written_alone():
+    model, prompts = tiny_model("gpt"), ["", "ROMEO:", "a much longer prompt than the window holds"]
+    together = generate_texts(model, TOKENIZER, prompts, length=30, slide=5, seed=3)
+    assert together == [generate_text(model, TOKENIZER, p, length=30, slide=5, seed=3) for p in prompts]
+
+
+def test_a_text_ends_with_its_stop_string(call):
+    whole = call("--prompt", "ROMEO:", "--length", 60)[1][len("ROMEO:") :]
+    stop = whole[20:22]
+    _, text, _ = call("--prompt", "ROMEO:", "--length", 60, "--stop", stop, "--stop", "no such text")
+    assert text == "ROMEO:" + whole[: whole.index(stop) + 2] + "\n"
+
+
+def test_the_stream_is_what_generate_writes():
+    writer = GeneratorTransformer(tiny_model("gpt"), TOKENIZER)
+    text = writer.generate("the", 8, 0.7, 25)
+    pieces = list(writer.stream("the", context_len=8, temperature=0.7, max_out_tokens=25))
+    assert "the" + "".join(pieces) == text
+    assert len(pieces) == 25
+
+
+# ------------------------------------------------------------------------------------------------- beams and tables
+def test_beams_print_the_best_texts_with_their_scores(call):
+    code, text, notes = call("--prompt", "the ", "--beams", 4, "--num-samples", 2, "--length", 12)
+    best = GeneratorTransformer(tiny_model("gpt"), TOKENIZER).beam_search("the ", 4, 12, num_return=2)
+    assert text == f"{best[0][0]}\n\n{best[1][0]}\n"
+    ids = torch.from_numpy(TOKENIZER.encode(best[0][0]).astype("int64"))
+    score = -exact_nll(tiny_model("gpt"), ids[None], START_ID)[0, 4:].mean().item()
+    assert code == 0
+    assert f"score {score:.4f}" in notes
+
+
+def test_the_table_shows_ids_and_true_probabilities(call):
+    _, text, _ = call("--prompt", "RO", "--top", 3)
+    lines = text.splitlines()
+    assert lines[0] == f"[START] 2   'R' {TOKENIZER.char_to_id['R']}   'O' {TOKENIZER.char_to_id['O']}"
+    ids = torch.tensor([[START_ID, *TOKENIZER.encode("RO").tolist()]])
+    best = tiny_model("gpt")(ids)[0, -1].softmax(-1).topk(3)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    expected = [f"{TOKENIZER.id_to_char[i]!r} {100 * p:.3f} %" for i, p in rows]
+    assert [" ".join(line.split()) for line in lines[2:]] == expected
+
+
+def test_the_mask_predictor_has_a_table_for_every_mask(call):
+    _, text, _ = call("--model", "llada", "--prompt", "R[MASK]m[MASK*2]", "--top", 2)
+    assert [int(line.split()[-1]) for line in text.splitlines() if line.startswith("[MASK] at")] == [1, 3, 4]
+    table = GeneratorTransformer(tiny_model("llada"), TOKENIZER).next_tokens("the", k=100)
+    assert sum(p for _, p in table) == pytest.approx(1)
+    assert table == sorted(table, key=lambda row: -row[1])
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context-len", 0], "--context-len: must be at least 1"),
+        (["--context-len", 25], "context_len must be in 1..24"),
+        (["--slide", 25], "slide must be in 1..24"),
+        (["--beams", 0], "--beams: must be at least 1"),
+        (["--beams", 2, "--num-samples", 3], "--num-samples 3: 2 beams find 2 texts"),
+        (["--beams", 2, "--temperature", 1], "--temperature: --beams searches"),
+        (["--length-penalty", 2], "--length-penalty: only with --beams"),
+        (["--top-p", 1.5], "--top-p: must be at most 1"),
+        (["--temperature", "nan"], "--temperature: must be"),
+        (["--length", "many"], "--length: 'many' is not a whole number"),
+        (["--prompt", "caf\xe9"], "unknown character 'é' (U+00E9) at position 3"),
+        (["--checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+        (["--checkpoint", "out/llada/last.pt", "--model", "gpt"], "out/llada/last.pt holds a llada model"),
+        (["--model", "llada", "--beams", 3], "--beams: not for a llada model"),
+        (["--top", 3, "--chat"], "not allowed with argument"),
+        (["--top", 3, "--length", 4], "--length: --top looks"),
+        (["--chat", "--prompt", "a"], "--prompt: --chat reads its prompts"),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, arguments, message):
+    code, text, notes = call(*arguments)
+    assert (code, text) == (2, "")
+    assert message in notes.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------- chat
+def test_chat_answers_piped_lines(folder, command):
+    process = command("generate.py", "--chat", "--length", 8, stdin="ROMEO:\n\ncaf\xe9\nROMEO:\nquit\nnot read\n")
+    first, second = process.stdout.strip("\n").split("\n\n")
+    assert len(first) == len(second) == len("ROMEO:") + 8
+    assert first[:6] == second[:6] == "ROMEO:"
+    assert first != second
+    assert "unknown character 'é'" in process.stderr
+    assert "not read" not in process.stdout
+
+
+class Terminal:
+    """generate.py --chat at a real (pseudo) terminal."""
+
+    def __init__(self, folder, *arguments):
+        self.screen, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "generate.py"), "--chat", *arguments],
+            stdin=slave, stdout=slave, stderr=slave, cwd=folder, start_new_session=True,
+            env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def read_until(self, done, seconds: float = 60) -> str:
+        """What the screen shows since the last call, up to where done(it) is true."""
+        deadline, shown = time.monotonic() + seconds, ""
+        while not done(shown):
+            ready, _, _ = select.select([self.screen], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"waited in vain: {shown!r}"
+            try:
+                shown += os.read(self.screen, 1 << 16).decode()
+            except OSError:  # the other end is closed
+                break
+        return shown
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def close(self) -> tuple[int, str]:
+        rest = self.read_until(lambda shown: False)
+        return self.process.wait(timeout=60), rest
+
+
+def test_chat_at_a_terminal_has_history_and_ends_quietly_with_ctrl_d(folder):
+    terminal = Terminal(folder, "--length", "8")
+    terminal.read_until(lambda shown: "> " in shown)
+    terminal.type("ROMEO:\n")
+    answers = [terminal.read_until(lambda shown: shown.endswith("> "))]
+    terminal.type("\x1b[A\n")  # arrow up
+    answers.append(terminal.read_until(lambda shown: shown.endswith("> ")))
+    assert all(answer.count("ROMEO:") == 2 for answer in answers)  # as typed or recalled, and before its answer
+    terminal.type("\x04")
+    code, rest = terminal.close()
+    assert (code, rest.strip()) == (0, "")
+
+
+def test_ctrl_c_ends_the_chat_quietly_even_in_an_answer(folder):
+    terminal = Terminal(folder, "--length", "1000000")
+    terminal.read_until(lambda shown: "> " in shown)
+    terminal.type("ROMEO:\n")
+    terminal.read_until(lambda shown: len(shown) > 40)
+    os.killpg(terminal.process.pid, signal.SIGINT)
+    code, rest = terminal.close()
+    assert code == 0
+    assert "Traceback" not in rest
