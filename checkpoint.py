@@ -1,6 +1,7 @@
 """One self-contained file: everything needed to generate, evaluate or resume. Tensors and plain values only."""
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,22 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Make `target` the same checkpoint as `source`, at once: one file under two names where the disk allows it.
+
+    Neither name can change what the other holds, since checkpoints are replaced and never written into.
+    """
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 

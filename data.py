@@ -230,11 +230,18 @@ class ShakespeareDataset(torch.utils.data.Dataset):
         return self.gather(torch.randint(len(self), (batch_size,), generator=generator))
 
 
-def validation_windows(ids: Tensor, seq_length: int, tokenizer: SimpleTokenizer) -> list[Tensor]:
-    """Windows that cover every id exactly once: a LongTensor (N, seq_length) and, if anything is left, a (1, rest)."""
+def validation_windows(
+    ids: Tensor, seq_length: int, tokenizer: SimpleTokenizer, max_chars: int | None = None
+) -> list[Tensor]:
+    """Windows that cover every id exactly once: a LongTensor (N, seq_length) and, if anything is left, a (1, rest).
+
+    Of more than max_chars ids, only evenly spaced windows with about that many.
+    """
     groups = []
     if len(ids) >= seq_length:
         dataset = ShakespeareDataset(ids, tokenizer, seq_length, stride=seq_length)
+        if max_chars is not None and len(ids) > max_chars:
+            return [dataset.gather(torch.linspace(0, len(dataset) - 1, max(1, max_chars // seq_length)).long())]
         groups.append(dataset.gather(torch.arange(len(dataset))))
     rest = len(ids) % seq_length
     if rest:

@@ -3,6 +3,9 @@
 They are one network with one difference, `causal`: which positions a position may see. Parameter counts are equal.
 
 Letters:  B batch, T positions, V vocabulary, C embedding, H heads, D = C / H, L layers, K taps of the convolution.
+A position is described by what it is and by its neighbourhood: n-gram tables (looked up) and a short convolution
+(learned), causal in GPT, centred in LLaDA. On a small budget these local statistics are most of what there is to learn;
+attention is then free for the rest.
 """
 
 import math
@@ -15,6 +18,12 @@ from torch import Tensor
 
 NEVER_PREDICTED = 3  # ids 0, 1, 2 are [PAD], [MASK], [START]: their logits are -inf by construction (MDLM's SUBS)
 TAPS = 5  # positions the depthwise convolution sees: t-4..t (GPT) or t-2..t+2 (LLaDA)
+NGRAMS = {  # causal? -> the offsets of the tokens that make the key of each n-gram table
+    True: ((-1, 0), (-2, -1, 0), (-3, -2, -1, 0), (-4, -3, -2, -1, 0), (-2, -1)),
+    False: ((-1, 0), (0, 1), (-1, 0, 1), (-2, -1, 0), (0, 1, 2)),
+}
+NGRAM_ROWS = 16381  # a prime: the pairs of up to 127 ids never collide, longer keys share rows
+REACH = 4  # the farthest offset
 
 
 @dataclass
@@ -71,8 +80,8 @@ def attention_mask(T: int, offset: int, pad: Tensor | None, causal: bool, device
 class KeyValueCache:
     """What a causal model remembers of the columns it has read, preallocated: nothing is concatenated in the loop.
 
-    `keys`, `values` are (L, B, H, max_len, D); `inputs` holds the last K-1 inputs of each layer's convolution,
-    (L, B, K-1, C); `length` columns are filled, of which the first `pad` (B,) are left padding.
+    `keys`, `values` are (L, B, H, max_len, D); `inputs` (L, B, K-1, C) the last inputs of each layer's convolution;
+    `tokens` (B, REACH) the last tokens, for the n-grams; `length` columns are filled, left padding included.
     """
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_len: int, device="cpu", dtype=torch.float32):
@@ -80,6 +89,7 @@ class KeyValueCache:
         self.keys = torch.zeros(L, batch_size, H, max_len, D, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.inputs = torch.zeros(L, batch_size, TAPS - 1, config.n_embd, device=device, dtype=dtype)
+        self.tokens = torch.zeros(batch_size, REACH, device=device, dtype=torch.long)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,45 +109,79 @@ class KeyValueCache:
         else:
             for stored in (self.keys, self.values):
                 stored[:, :, :, shared : self.length] = stored[:, rows, :, shared : self.length]
-        self.inputs = self.inputs[:, rows]
+        self.inputs, self.tokens = self.inputs[:, rows], self.tokens[rows]
 
     def clear(self) -> None:
         """Forget everything: the next tokens are the first."""
         self.length = 0
         self.inputs.zero_()
+        self.tokens.zero_()
 
 
 # ------------------------------------------------------------------------------------------------- arch="rotary"
-def rotary_table(block_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos, sin (block_size, D/2) of RoFormer's angles (arXiv 2104.09864, eq. 15)."""
+def norm(x: Tensor) -> Tensor:
+    """Layer norm without parameters. RMSNorm would do as well; on CPUs this one is a single fused kernel."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def rotary_table(block_size: int, head_dim: int) -> Tensor:
+    """exp(i t w_d), complex (block_size, D/2): RoFormer's rotations (arXiv 2104.09864, eq. 15)."""
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
     angles = torch.arange(block_size)[:, None] * frequencies  # (T, D/2)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[..., i], x[..., i + D/2]) of x (B, H, T, D) by its position's angle: q.k sees T1 - T2 only."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn each pair of channels of x (B, T, H, D) by its position's angle, in one complex product."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2)
+    return torch.view_as_real(pairs * rotations[:, None]).flatten(-2)
 
 
-class NeighbourConvolution(nn.Module):
-    """A depthwise convolution over K neighbouring positions, zero at the start: cheap n-gram statistics."""
+class NgramEmbedding(nn.Module):
+    """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero."""
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(TAPS, config.n_embd))
-        self.left, self.right = (TAPS - 1, 0) if causal else (TAPS // 2, TAPS // 2)
+        self.vocab_size, self.offsets = config.vocab_size, NGRAMS[causal]
+        self.tables = nn.ModuleList(nn.Embedding(NGRAM_ROWS, config.n_embd) for _ in self.offsets)
+        for table in self.tables:
+            nn.init.zeros_(table.weight)
+
+    def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, C). `before` (B, REACH) are the tokens left of them (else [PAD] = 0), moved on in place."""
+        T = tokens.shape[1]
+        if before is None:
+            tokens = F.pad(tokens, (REACH, REACH))
+        else:
+            tokens = torch.cat([before, tokens], dim=1)
+            before.copy_(tokens[:, T:])
+        x = 0
+        for offsets, table in zip(self.offsets, self.tables, strict=True):
+            key = 0
+            for offset in offsets:  # the n-gram as a number in base V
+                key = key * self.vocab_size + tokens[:, REACH + offset : REACH + offset + T]
+            x = x + table(key % NGRAM_ROWS)
+        return x
+
+
+class NeighbourConvolution(nn.Module):
+    """A depthwise convolution over K neighbouring positions that starts at zero."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.n_embd, TAPS))
+        self.padding = TAPS - 1 if causal else TAPS // 2
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). `before` (B, K-1, C) are the inputs left of x (else 0), moved on in place."""
-        T = x.shape[1]
-        if before is None:
-            x = F.pad(x, (0, 0, self.left, self.right))
-        else:
-            x = torch.cat([before, x], dim=1)
+        (_, T, C), padding = x.shape, self.padding
+        if before is not None:
+            x, padding = torch.cat([before, x], dim=1), 0
             before.copy_(x[:, T:])
-        return sum(x[:, k : k + T] * self.weight[k] for k in range(TAPS))
+        # A channels-last image one pixel high: the fastest depthwise convolution CPUs have.
+        x = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
+        x = F.conv2d(x, self.weight[:, None, None], padding=(0, padding), groups=C)
+        return x.squeeze(2).transpose(1, 2)[:, :T]
 
 
 class Attention(nn.Module):
@@ -150,12 +194,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
+    def forward(self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
         """x (B, T, C) -> (B, T, C)."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # QK-norm (arXiv 2302.05442)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        (B, T, C), H = x.shape, self.n_head
+        qk, v = self.qkv(x).view(B, T, 3 * H, C // H).split((2 * H, H), dim=2)
+        qk = rotate(norm(qk), rotations).to(v.dtype)  # QK-norm (arXiv 2302.05442), then RoPE
+        q, k, v = (heads.transpose(1, 2) for heads in (*qk.split(H, dim=2), v))  # (B, H, T, D) each
         offset = 0
         if cache is not None:
             offset = cache.length
@@ -191,11 +235,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
+    def forward(self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
         """x (B, T, C) -> (B, T, C)."""
         x = x + self.conv(x, cache.inputs[layer] if cache is not None else None)
-        x = x + self.dropout(self.attention(F.rms_norm(x, x.shape[-1:]), cos, sin, pad, cache, layer))
-        return x + self.dropout(self.mlp(F.rms_norm(x, x.shape[-1:])))
+        x = x + self.dropout(self.attention(norm(x), rotations, pad, cache, layer))
+        return x + self.dropout(self.mlp(norm(x)))
 
 
 class RotaryEncoder(nn.Module):
@@ -204,23 +248,24 @@ class RotaryEncoder(nn.Module):
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngrams = NgramEmbedding(config, causal)
         self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
-        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        rotations = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("rotations", rotations, persistent=False)
 
     def forward(self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         offset, T = (cache.length if cache is not None else 0), tokens.shape[1]
-        cos, sin = self.cos[offset : offset + T], self.sin[offset : offset + T]  # (T, D/2)
+        rotations = self.rotations[offset : offset + T]  # (T, D/2)
         real = None
-        if pad is not None:  # the convolution must find zeros to the left of a text, as at the start of a row
+        if pad is not None:  # left of a text n-grams and convolution must find what they find left of a row: zeros
             real = (torch.arange(offset, offset + T, device=tokens.device) >= pad[:, None])[..., None]  # (B, T, 1)
-        x = F.rms_norm(self.embedding(tokens), (self.embedding.embedding_dim,))
+            tokens = tokens * real[..., 0]
+        x = norm(self.embedding(tokens) + self.ngrams(tokens, cache.tokens if cache is not None else None))
         for layer, block in enumerate(self.blocks):
-            x = block(x if real is None else x * real, cos, sin, pad, cache, layer)
+            x = block(x if real is None else x * real, rotations, pad, cache, layer)
         if cache is not None:
             cache.length += T
-        return F.rms_norm(x, x.shape[-1:])
+        return norm(x)
 
 
 # ------------------------------------------------------------------------------------------------- arch="vanilla"
@@ -284,6 +329,7 @@ class Transformer(nn.Module):
         self.config = config
         self.encoder = ENCODERS[config.arch](config, self.causal)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        nn.init.zeros_(self.head.weight)
         never = torch.arange(config.vocab_size) < NEVER_PREDICTED
         self.register_buffer("never", never, persistent=False)
 
@@ -316,7 +362,8 @@ class Transformer(nn.Module):
 
         Embeddings are looked up, not multiplied; the causal model's masked half of the attention is counted as well.
         """
-        weights = self.num_parameters() - self.encoder.embedding.weight.numel()
+        looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        weights = self.num_parameters() - looked_up
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
 

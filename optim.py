@@ -5,34 +5,43 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-# The five-step quintic of Keller Jordan's Muon: fast growth of small singular values, not exact convergence to 1.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Polar Express (arXiv 2505.16932): for each Newton-Schulz step in turn the odd quintic that does best after the others.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+)
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(N, R, C) matrices -> their nearest (semi-)orthogonal ones, about: every singular value ends in 0.7..1.2.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """(N, R, C) matrices -> their nearest (semi-)orthogonal ones, about: singular values end in 0.4..1.6.
 
-    Newton-Schulz iteration in float32, batched over equal shapes. torch.optim.Muon iterates in bfloat16 and one matrix
-    at a time, which is unusable on CPUs without it: see `python bench.py train` for the measured ratio.
+    Newton-Schulz iteration x <- a x + b (x x^T) x + c (x x^T)^2 x, in float32, batched over equal shapes. The powers of
+    x x^T alone are iterated, so a rectangle costs little more than a square. torch.optim.Muon iterates in bfloat16, one
+    matrix at a time: on CPUs without it that is unusable (`python bench.py train` measures it).
     """
-    a, b, c = NEWTON_SCHULZ
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.mT
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalize(matrices.mT.contiguous()).mT
+    x = matrices / (1.01 * torch.linalg.matrix_norm(matrices)[:, None, None] + 1e-7)
+    gram = x @ x.mT  # (N, R, R)
+    product = torch.eye(x.shape[-2], device=x.device).expand_as(gram)
+    for a, b, c in POLAR_EXPRESS:
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product, gram = polynomial @ product, polynomial @ gram @ polynomial
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: each matrix moves by lr * sqrt(max(1, rows / columns)) in spectral norm.
 
-    Keller Jordan, https://kellerjordan.github.io/posts/muon/. `params` are 2-D weights. Weight decay is decoupled.
+    Keller Jordan, https://kellerjordan.github.io/posts/muon/. `params` are 2-D weights; a group's `parts` cuts each
+    into that many matrices along its rows (a fused query-key-value weight is three). Weight decay is decoupled.
     """
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, parts: int = 1):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": parts})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -42,50 +51,53 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for params in by_shape.values():
-                self._step_equal_shapes(params, **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+                self._step_equal_shapes(params, group)
 
-    def _step_equal_shapes(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def _step_equal_shapes(self, params: list[Tensor], group: dict) -> None:
+        lr, parts, (rows, columns) = group["lr"], group["parts"], params[0].shape
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        gradients = [p.grad for p in params]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        nesterov = torch._foreach_lerp(gradients, buffers, momentum)
-        rows, columns = params[0].shape
-        updates = orthogonalize(torch.stack(nesterov))
-        if weight_decay:
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
+        averages, gradients = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
+        rows //= parts
+        updates = orthogonalize(torch.stack(nesterov).view(-1, rows, columns)).reshape(len(params), -1, columns)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, list(updates.unbind()), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 def build_optimizers(
-    model: nn.Module, lr: float, muon_lr: float, weight_decay: float = 0.0
+    model: nn.Module, lr: float = 0.006, muon_lr: float = 0.02, embedding_lr: float = 0.02, weight_decay: float = 0.0
 ) -> list[torch.optim.Optimizer]:
-    """[Muon over the blocks' 2-D weights, fused AdamW over the rest]; `arch="vanilla"` gets the classic, AdamW alone.
+    """[Muon over the blocks' matrices, fused AdamW over the rest]; `arch="vanilla"` gets the classic, AdamW alone.
 
-    Every group remembers its `initial_lr`, which `set_learning_rate` scales.
+    Looked-up vectors see few gradients and take the larger `embedding_lr`; `weight_decay` is for the matrices. Every
+    group remembers its `initial_lr`, which `set_learning_rate` scales.
     """
-    blocks = getattr(model.encoder, "blocks", nn.ModuleList())
-    matrices = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    ]
-    if matrices:
-        optimizers.insert(0, Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
+    if not hasattr(model.encoder, "blocks"):
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)]
+    else:
+        linear = {name: m.weight for name, m in model.encoder.blocks.named_modules() if isinstance(m, nn.Linear)}
+        fused = [weight for name, weight in linear.items() if name.endswith("qkv")]
+        single = [weight for name, weight in linear.items() if not name.endswith("qkv")]
+        embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+        chosen = {id(p) for p in [*fused, *single, *embeddings]}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        optimizers = [
+            Muon([{"params": fused, "parts": 3}, {"params": single}], lr=muon_lr, weight_decay=weight_decay),
+            torch.optim.AdamW([{"params": rest}, {"params": embeddings, "lr": embedding_lr}], lr=lr,
+                              betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
+        ]  # fmt: skip
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def learning_rate_factor(progress: float, warmup: float = 0.02) -> float:
-    """Share of the peak learning rate at progress 0..1 of the run: linear warm-up, then linear decay to zero."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return max(0.0, (1 - progress) / (1 - warmup))
+def learning_rate_factor(progress: float, warmup: float = 0.02, cooldown: float = 0.6) -> float:
+    """Share of the peak learning rate at progress 0..1 of the run: a short rise, flat, then a straight line to zero."""
+    return max(0.0, min(1.0, progress / warmup + 1e-3, (1 - progress) / cooldown))
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, save_checkpoint
+from checkpoint import Checkpoint, copy_checkpoint, save_checkpoint
 from console import say
-from data import Corpus, ShakespeareDataset
+from data import Corpus, ShakespeareDataset, validation_windows
 from model import Transformer
 from optim import build_optimizers
 from parallel import Processes
 
 VALIDATION_CHARS = 1 << 14  # scored at each validation inside the loop: evenly spaced windows, the same every time
-MUON_LR_RATIO = 10 / 3  # Muon's peak learning rate over AdamW's
+MUON_LR_RATIO = 10 / 3  # peak learning rate of Muon, and of the embeddings, over that of AdamW
 
 
 @dataclass
@@ -55,15 +55,17 @@ class Run:
         if settings.batch_size % parts:
             raise ValueError(f"--batch-size {settings.batch_size} cannot be shared by {parts} equal micro-batches")
         self.model.to(self.processes.device)
-        self.optimizers = build_optimizers(
-            self.model, settings.lr, MUON_LR_RATIO * settings.lr, settings.weight_decay
-        )
+        larger = MUON_LR_RATIO * settings.lr
+        self.optimizers = build_optimizers(self.model, settings.lr, larger, larger, settings.weight_decay)
         self.generator = torch.Generator().manual_seed(settings.seed)
         train_ids, self.val_ids = self.corpus.split(self.val_fraction)
         self.train_set = ShakespeareDataset(train_ids, self.corpus.tokenizer, T)
-        val_set = ShakespeareDataset(self.val_ids, self.corpus.tokenizer, T, stride=T)
-        spaced = torch.linspace(0, len(val_set) - 1, min(len(val_set), max(1, VALIDATION_CHARS // T))).long()
-        self.val_windows = val_set.gather(spaced)
+        if len(self.val_ids) < T:
+            raise ValueError(
+                f"{len(self.val_ids)} characters to validate on are too few for one window of {T}: use a longer text "
+                "(--data), a smaller --block-size or a larger --val-fraction"
+            )
+        self.val_windows = validation_windows(self.val_ids, T, self.corpus.tokenizer, VALIDATION_CHARS)[0]
 
     def progress(self, clock: float) -> float:
         """Share of the run that is done, 0..1, by steps or by the clock (seconds in this session)."""
@@ -117,7 +119,7 @@ class Keeper:
         """Keep the state of this validation."""
         self.save_last()
         if record["val_loss"] <= min(line["val_loss"] for line in self.run.history):
-            save_checkpoint(self.folder / "best.pt", self.run.checkpoint(self.clock()))
+            copy_checkpoint(self.folder / "last.pt", self.folder / "best.pt")
 
     def save_last(self) -> None:
         """Write last.pt and metrics.jsonl."""

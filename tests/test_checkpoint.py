@@ -1,0 +1,71 @@
+"""Round trips, files that are not checkpoints, and writing that never leaves half a file."""
+
+import os
+
+import pytest
+import torch
+
+from checkpoint import Checkpoint, find_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from model import CONFIGS, MODELS
+from tokenizer import SimpleTokenizer
+
+
+def small(name: str = "gpt", arch: str = "rotary") -> Checkpoint:
+    tokenizer = SimpleTokenizer("abc")
+    model = MODELS[name](CONFIGS[name](tokenizer.vocab_size, 8, n_embd=8, n_head=2, n_layer=1, arch=arch))
+    corpus = {"name": "x", "sha256": "0", "val_fraction": 0.1}
+    return Checkpoint(model, tokenizer, corpus, 3, [{"step": 3, "val_loss": 1.5}], {"generator": torch.arange(3)})
+
+
+@pytest.mark.parametrize("arch", ["rotary", "vanilla"])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(tmp_path, name, arch):
+    saved = small(name, arch)
+    save_checkpoint(tmp_path / "a" / "last.pt", saved)
+    loaded = load_checkpoint(tmp_path / "a" / "last.pt")
+    assert type(loaded.model) is type(saved.model)
+    assert not loaded.model.training
+    tokens = torch.tensor([[4, 5, 6]])
+    assert torch.equal(loaded.model(tokens), saved.model.eval()(tokens))
+    assert loaded.tokenizer.to_dict() == saved.tokenizer.to_dict()
+    assert (loaded.corpus, loaded.step, loaded.history) == (saved.corpus, saved.step, saved.history)
+    assert torch.equal(loaded.training["generator"], saved.training["generator"])
+    assert os.listdir(tmp_path / "a") == ["last.pt"]
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path):
+    good = tmp_path / "good.pt"
+    save_checkpoint(good, small())
+    (tmp_path / "half.pt").write_bytes(good.read_bytes()[:-2000])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")  # would run code if it were unpickled
+    for name in ("half.pt", "text.pt", "other.pt", "pickle.pt", "missing.pt", ""):
+        with pytest.raises(ValueError, match=name or "no such checkpoint"):
+            load_checkpoint(tmp_path / name)
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", small())
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path / "last.pt", small())
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_the_newest_run_is_found_by_model(tmp_path):
+    with pytest.raises(ValueError, match="train one"):
+        newest_checkpoint(tmp_path)
+    for age, path in enumerate(["llada/last.pt", "gpt/best.pt", "gpt/last.pt"]):
+        save_checkpoint(tmp_path / path, small())
+        os.utime(tmp_path / path, (age, age))
+    assert newest_checkpoint(tmp_path) == tmp_path / "gpt/best.pt"
+    assert newest_checkpoint(tmp_path, "llada") == tmp_path / "llada/last.pt"
+    assert find_checkpoints(tmp_path) == [tmp_path / "gpt/best.pt", tmp_path / "llada/last.pt"]

@@ -1,0 +1,74 @@
+"""Orthogonalization against the SVD, Muon against its definition, and the schedule."""
+
+import pytest
+import torch
+
+from model import CONFIGS, MODELS
+from optim import Muon, build_optimizers, learning_rate_factor, orthogonalize, set_learning_rate
+
+
+def noise(*shape) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])
+def test_orthogonalize_is_the_polar_factor_of_the_svd(shape):
+    """U V^T up to the iteration's error; where it errs, singular values stay near 1 and directions are exact."""
+    matrices = noise(*shape)
+    u, s, vt = torch.linalg.svd(orthogonalize(matrices), full_matrices=False)
+    assert s.min() > 0.4
+    assert s.max() < 1.6
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    in_its_own_basis = u.mT @ orthogonalize(matrices) @ vt.mT
+    off_diagonal = in_its_own_basis - torch.diag_embed(in_its_own_basis.diagonal(dim1=1, dim2=2))
+    assert off_diagonal.abs().max() < 1e-3
+
+
+def test_muon_steps_are_orthogonalized_nesterov_momentum():
+    weights = [torch.nn.Parameter(noise(8, 8)), torch.nn.Parameter(noise(24, 8)), torch.nn.Parameter(noise(8, 8) + 1)]
+    before = [w.detach().clone() for w in weights]
+    muon = Muon([{"params": weights[1:2], "parts": 3}, {"params": weights[::2]}], lr=0.1, weight_decay=0.5)
+    momenta = [torch.zeros_like(w) for w in weights]
+    for step in range(3):
+        gradients = [noise(*w.shape) * (step + 1) + i for i, w in enumerate(weights)]
+        for w, g in zip(weights, gradients, strict=True):
+            w.grad = g.clone()
+        muon.step()
+        for i, g in enumerate(gradients):
+            momenta[i] = 0.95 * momenta[i] + 0.05 * g
+            update = 0.05 * g + 0.95 * momenta[i]
+            parts = torch.cat([orthogonalize(part[None])[0] for part in update.split(8)])  # one, or q, k and v
+            before[i] = before[i] * (1 - 0.1 * 0.5) - 0.1 * parts
+    for w, expected in zip(weights, before, strict=True):
+        assert torch.allclose(w, expected, atol=1e-4)
+
+
+def test_tall_matrices_move_further():
+    tall = torch.nn.Parameter(torch.zeros(32, 8))
+    tall.grad = noise(32, 8)
+    Muon([tall], lr=1.0).step()
+    assert torch.linalg.svdvals(tall.detach()).mean() == pytest.approx(2.0, rel=0.15)  # sqrt(32 / 8)
+
+
+@pytest.mark.parametrize("arch", ["rotary", "vanilla"])
+def test_every_parameter_has_exactly_one_optimizer(arch):
+    model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=2, arch=arch))
+    optimizers = build_optimizers(model)
+    owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(map(id, model.parameters()))
+    if arch == "rotary":
+        matrices = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
+        assert {id(p) for n, p in model.named_parameters() if "blocks" in n and "conv" not in n} == matrices
+    set_learning_rate(optimizers, 0.5)
+    for optimizer in optimizers:
+        assert all(group["lr"] == 0.5 * group["initial_lr"] for group in optimizer.param_groups)
+
+
+def test_schedule_rises_stays_and_falls_to_zero():
+    factors = [learning_rate_factor(i / 1000) for i in range(1001)]
+    assert 0 < factors[0] < 0.01
+    assert max(factors) == 1
+    assert factors[30] == factors[390] == 1
+    assert factors[700] == pytest.approx(0.5)
+    assert factors[1000] == 0
+    assert learning_rate_factor(1.2) == 0

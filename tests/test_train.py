@@ -1,0 +1,200 @@
+"""Exact resume, accumulation, two processes, Ctrl-C, a killed worker, memory, and bad flags: the real command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from checkpoint import load_checkpoint
+from data import load_corpus
+from diffusion import compute_llada_loss
+from tokenizer import MASK_ID
+from train import compute_loss, make_batch, score
+
+
+def weights(path) -> dict:
+    return load_checkpoint(path).model.state_dict()
+
+
+def assert_same_run(one, two, exact: bool = True):
+    """Equal weights and equal histories, but for the clock."""
+    a, b = load_checkpoint(one), load_checkpoint(two)
+    assert a.step == b.step
+    for name, value in a.model.state_dict().items():
+        other = b.model.state_dict()[name]
+        assert torch.equal(value, other) if exact else torch.allclose(value, other, atol=1e-5), name
+    for x, y in zip(a.history, b.history, strict=True):
+        x, y = ({k: v for k, v in line.items() if k != "seconds"} for line in (x, y))
+        assert x == y if exact else x == pytest.approx(y, rel=1e-4)
+
+
+def test_batches_hold_what_the_losses_need():
+    sequences = torch.randint(4, 20, (8, 16), generator=torch.Generator().manual_seed(0))
+    masked, targets, mask, t = make_batch("llada", sequences, torch.Generator().manual_seed(1))
+    assert torch.equal(masked, torch.where(mask, MASK_ID, targets))
+
+    def model(tokens, at=None):
+        logits = torch.randn(*tokens.shape, 20, generator=torch.Generator().manual_seed(2))
+        return logits if at is None else logits[at]
+
+    everywhere = compute_llada_loss(model(masked), targets, mask, t)
+    assert compute_loss("llada", model, (masked, targets, mask, t)) == pytest.approx(everywhere.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("model", ["llada", "gpt"])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, corpus_file, tmp_path, model):
+    flags = ["--model", model, "--data", corpus_file, *TINY, "--dropout", 0.1, "--eval-every", 4, "--seed", 7]
+    command("train.py", *flags, "--steps", 20, "--out", "whole")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags), "--steps", "20", "--out", "parts"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("step      8"):
+            process.send_signal(signal.SIGINT)  # Ctrl-C somewhere after step 8
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 0, rest
+    stopped = load_checkpoint(tmp_path / f"parts/{model}/last.pt")
+    if stopped.step < 20:
+        assert "--resume" in rest
+        command("train.py", "--model", model, "--resume", "--out", "parts")
+    assert_same_run(tmp_path / f"whole/{model}/last.pt", tmp_path / f"parts/{model}/last.pt")
+    lines = (tmp_path / f"parts/{model}/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16, 20]
+
+
+def test_resuming_from_the_middle_repeats_the_rest(command, corpus_file, tmp_path):
+    """The same, from a known step: a run to step 9 of a schedule of 20 cannot be asked for, so it is cut off."""
+    flags = ["--data", corpus_file, *TINY, "--dropout", 0.1, "--eval-every", 3, "--steps", 12]
+    command("train.py", *flags, "--out", "whole")
+    middle = "import train, run, sys\n" \
+        "train.Keeper.save_last.__globals__['json']\n" \
+        "original = run.Keeper.save_last\n" \
+        "def save_last(self):\n    original(self)\n    if self.run.step == 6: sys.exit(0)\n" \
+        "run.Keeper.save_last = save_last\ntrain.main()"  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", middle, *map(str, flags), "--out", "parts"], cwd=tmp_path, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True,
+    )  # fmt: skip
+    assert load_checkpoint(tmp_path / "parts/llada/last.pt").step == 6
+    command("train.py", "--resume", "parts/llada/last.pt", "--out", "parts")
+    assert_same_run(tmp_path / "whole/llada/last.pt", tmp_path / "parts/llada/last.pt")
+
+
+@pytest.mark.parametrize("model", ["llada", "gpt"])
+def test_accumulation_equals_the_large_batch(command, corpus_file, tmp_path, model):
+    flags = ["--model", model, "--data", corpus_file, *TINY, "--steps", 4, "--eval-every", 1]
+    command("train.py", *flags, "--out", "large")
+    command("train.py", *flags, "--accumulate", 4, "--out", "small")
+    assert_same_run(tmp_path / f"large/{model}/last.pt", tmp_path / f"small/{model}/last.pt", exact=False)
+
+
+def torchrun(tmp_path, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(ROOT / "train.py"), *map(str, arguments)],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_train_the_same_model_as_one(command, corpus_file, tmp_path):
+    flags = ["--data", corpus_file, *TINY, "--steps", 6, "--eval-every", 2]
+    command("train.py", *flags, "--out", "one")
+    process = torchrun(tmp_path, *flags, "--out", "two")
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
+    assert errors.count("nats/char, upper bound") == 1, "only process 0 reports"
+    assert_same_run(tmp_path / "one/llada/last.pt", tmp_path / "two/llada/last.pt", exact=False)
+
+
+def test_a_killed_worker_ends_the_run_clearly_and_the_checkpoint_is_whole(corpus_file, tmp_path):
+    process = torchrun(tmp_path, "--data", corpus_file, *TINY, "--steps", 10**6, "--eval-every", 5)
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if line.startswith("step     10"):
+            break
+    workers = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    seen += process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    assert "another training process died; the last checkpoint is intact" in seen
+    assert load_checkpoint(tmp_path / "out/llada/last.pt").step >= 10
+
+
+def test_training_on_a_large_text_keeps_memory_flat(tmp_path):
+    """200 MB of text may not cost 200 MB: peak resident memory is that of a small text, but for pages of the map."""
+    path = tmp_path / "large.txt"
+    with open(path, "w") as file:
+        for i in range(200):
+            file.write(f"{i} the king is dead, long live the king\n" * (10**6 // 40))
+    peaks = {}
+    for name in (str(path), "pydoc"):
+        program = "import resource, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        flags = ["--data", name, *TINY, "--steps", "30", "--out", str(tmp_path / "out")]
+        process = subprocess.run(
+            [sys.executable, "-c", program, *flags], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        peaks[name] = int(process.stdout) / 1024
+    assert peaks[str(path)] < peaks["pydoc"] + 150, peaks
+
+
+def test_a_new_run_moves_the_old_one_aside(command, corpus_file, tmp_path):
+    flags = ["--data", corpus_file, *TINY, "--steps", 2]
+    command("train.py", *flags, "--seed", 1)
+    first = weights(tmp_path / "out/llada/last.pt")
+    command("train.py", *flags, "--seed", 2)
+    assert all(torch.equal(v, weights(tmp_path / "out/llada.1/last.pt")[k]) for k, v in first.items())
+    assert any(not torch.equal(v, weights(tmp_path / "out/llada/last.pt")[k]) for k, v in first.items())
+
+
+def test_minutes_follow_the_clock(command, corpus_file, tmp_path):
+    start = time.monotonic()
+    command("train.py", "--data", corpus_file, *TINY, "--minutes", 0.1)
+    assert time.monotonic() - start > 6
+    history = load_checkpoint(tmp_path / "out/llada/last.pt").history
+    assert history[-1]["lr"] < 0.1 * max(line["lr"] for line in history)
+    assert history[-1]["seconds"] >= 6
+
+
+def test_training_learns(command, corpus_file, tmp_path):
+    """Both objectives fall well below the entropy of independent characters on a text with structure."""
+    for model in ("llada", "gpt"):
+        command("train.py", "--model", model, "--data", corpus_file, *TINY, "--n-embd", 32, "--steps", 400)
+        checkpoint = load_checkpoint(tmp_path / f"out/{model}/best.pt")
+        corpus = load_corpus(str(corpus_file))
+        train_ids, val_ids = corpus.split(0.2)
+        frequencies = torch.bincount(train_ids.long()).float() / len(train_ids)
+        unigram = -frequencies[val_ids.long()].clamp(min=1e-9).log().mean().item()
+        assert score(checkpoint.model, val_ids, corpus.tokenizer).nats_per_char < 0.6 * unigram
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--steps", "0"], ["--steps", "at least 1"]),
+        (["--minutes", "nan"], ["--minutes"]),
+        (["--lr", "fast"], ["--lr", "'fast' is not a number"]),
+        (["--val-fraction", "1"], ["--val-fraction", "less than 1"]),
+        (["--n-embd", "30", "--n-head", "4"], ["n_embd", "30"]),
+        (["--data", "missing.txt"], ["--data missing.txt", "no such file"]),
+        (["--block-size", "10000000"], ["--block-size", "too few"]),
+        (["--batch-size", "6", "--accumulate", "4"], ["--batch-size 6"]),
+        (["--device", "quantum"], ["--device quantum", "cpu"]),
+        (["--resume"], ["out/llada/last.pt", "no such checkpoint"]),
+        (["--resume", "--lr", "1"], ["--lr", "drop it"]),
+        (["--steps", "1", "--minutes", "1"], ["--minutes", "--steps"]),
+    ],
+)
+def test_bad_flags_get_one_line(command, flags, words):
+    process = command("train.py", "--data", "pydoc", *flags, check=2)
+    last = process.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), process.stderr
