@@ -1,6 +1,6 @@
 """Speed, measured in pairs: A B A B ... in one run, so that a busy moment of the machine meets both.
 
-    python bench.py generate [--quick]
+    python bench.py generate|sample|crossing [--quick]
 
 Each line gives the ratio of the medians and, in brackets, the smallest and largest ratio of a single pair. The machine
 is timed before and after: a bench during which its speed changed by more than a fifth says so.
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from console import run, say
+from frontier import crossing, frontier
 
 Row = tuple[str, ...]  # one line of a bench's table; the first row a bench yields is the heading
 
@@ -78,7 +79,20 @@ def print_table(rows: Iterator[Row]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- command line
-BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {}
+def bench_sample(args: argparse.Namespace) -> Iterator[Row]:
+    """LLaDA's policies: network evaluations, exact likelihood, wall time. Needs a trained model under out/."""
+    return frontier(seconds, windows=16, rounds=1) if args.quick else frontier(seconds, windows=256, rounds=3)
+
+
+def bench_crossing(args: argparse.Namespace) -> Iterator[Row]:
+    """Characters/s of LLaDA and of GPT with its cache, by length, batch and size of the network."""
+    return crossing(seconds, rounds=3 if args.quick else 7)
+
+
+BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "sample": bench_sample,
+    "crossing": bench_crossing,
+}
 
 
 def parse_args() -> argparse.Namespace:
