@@ -1,6 +1,6 @@
 """Speed, measured in pairs: A B A B ... in one run, so that a busy moment of the machine meets both.
 
-    python bench.py generate|sample|crossing [--quick]
+    python bench.py train|budget|muon|generate|sample|crossing [--quick]
 
 Each line gives the ratio of the medians and, in brackets, the smallest and largest ratio of a single pair. The machine
 is timed before and after: a bench during which its speed changed by more than a fifth says so.
@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from console import run, say
+import race
+from console import number, run, say
 from frontier import crossing, frontier
+from model import MODELS
 
 Row = tuple[str, ...]  # one line of a bench's table; the first row a bench yields is the heading
 
@@ -89,7 +91,28 @@ def bench_crossing(args: argparse.Namespace) -> Iterator[Row]:
     return crossing(seconds, rounds=3 if args.quick else 7)
 
 
+def bench_train(args: argparse.Namespace) -> Iterator[Row]:
+    """Trainings in pairs: rotary against vanilla, Muon against AdamW, compiled against eager."""
+    yield from race.compare(args)
+
+
+def bench_muon(args: argparse.Namespace) -> Iterator[Row]:
+    """One optimizer step over the laptop model's matrices: torch.optim.Muon (bfloat16) against ours (float32)."""
+    theirs, ours = race.muon_steps()
+    yield "torch.optim.Muon / ours", "seconds of ours"
+    pairs = alternate(theirs, ours, 3 if args.quick else 15)
+    yield str(pairs), f"{statistics.median(pairs.b):.4f}"
+
+
+def bench_budget(args: argparse.Namespace) -> Iterator[Row]:
+    """Loss after 40 s, 165 s and 15 minutes of a machine of 100 GFLOP/s."""
+    yield from race.budgets(args, gigaflops)
+
+
 BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "train": bench_train,
+    "budget": bench_budget,
+    "muon": bench_muon,
     "sample": bench_sample,
     "crossing": bench_crossing,
 }
@@ -101,6 +124,11 @@ def parse_args() -> argparse.Namespace:
     for name, bench in BENCHES.items():
         subparser = subparsers.add_parser(name, help=bench.__doc__.splitlines()[0], description=bench.__doc__)
         subparser.add_argument("--quick", action="store_true", help="fewer pairs: about two minutes")
+        if name in ("train", "budget"):
+            subparser.add_argument("--data", metavar="NAME|FILE", help="as for train.py")
+        if name == "budget":
+            subparser.add_argument("--seconds", type=number(float, above=0), nargs="+", help="default: 40 165 900")
+            subparser.add_argument("--model", choices=MODELS, nargs="+")
     return parser.parse_args()
 
 

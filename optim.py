@@ -68,27 +68,36 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    model: nn.Module, lr: float = 0.006, muon_lr: float = 0.02, embedding_lr: float = 0.02, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float = 0.006,
+    muon_lr: float = 0.02,
+    embedding_lr: float = 0.02,
+    weight_decay: float = 0.0,
+    use_muon: bool = True,
 ) -> list[torch.optim.Optimizer]:
     """[Muon over the blocks' matrices, fused AdamW over the rest]; `arch="vanilla"` gets the classic, AdamW alone.
 
     Looked-up vectors see few gradients and take the larger `embedding_lr`; `weight_decay` is for the matrices. Every
     group remembers its `initial_lr`, which `set_learning_rate` scales.
     """
-    if not hasattr(model.encoder, "blocks"):
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)]
+    blocks = getattr(model.encoder, "blocks", nn.ModuleList())
+    linear = {name: m.weight for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    fused = [weight for name, weight in linear.items() if name.endswith("qkv")]
+    single = [weight for name, weight in linear.items() if not name.endswith("qkv")]
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)] if linear else []
+    chosen = {id(p) for p in [*fused, *single, *embeddings]}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in chosen]},
+        {"params": embeddings, "lr": embedding_lr},
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if linear and use_muon:
+        parts = [{"params": fused, "parts": 3}, {"params": single}]
+        optimizers.append(Muon(parts, lr=muon_lr, weight_decay=weight_decay))
     else:
-        linear = {name: m.weight for name, m in model.encoder.blocks.named_modules() if isinstance(m, nn.Linear)}
-        fused = [weight for name, weight in linear.items() if name.endswith("qkv")]
-        single = [weight for name, weight in linear.items() if not name.endswith("qkv")]
-        embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-        chosen = {id(p) for p in [*fused, *single, *embeddings]}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        optimizers = [
-            Muon([{"params": fused, "parts": 3}, {"params": single}], lr=muon_lr, weight_decay=weight_decay),
-            torch.optim.AdamW([{"params": rest}, {"params": embeddings, "lr": embedding_lr}], lr=lr,
-                              betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
-        ]  # fmt: skip
+        groups.append({"params": [*fused, *single], "weight_decay": weight_decay})
+    groups = [group for group in groups if group["params"]]
+    optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

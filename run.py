@@ -26,6 +26,7 @@ class Settings:
 
     batch_size: int = 16  # windows a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches a step
+    optimizer: str = "muon"  # for the blocks' matrices; "adamw" for everything
     lr: float = 0.006  # AdamW's peak; Muon's follows in proportion
     weight_decay: float = 0.0
     steps: int | None = None  # the schedule counts steps,
@@ -56,7 +57,8 @@ class Run:
             raise ValueError(f"--batch-size {settings.batch_size} cannot be shared by {parts} equal micro-batches")
         self.model.to(self.processes.device)
         larger = MUON_LR_RATIO * settings.lr
-        self.optimizers = build_optimizers(self.model, settings.lr, larger, larger, settings.weight_decay)
+        use_muon = settings.optimizer == "muon"
+        self.optimizers = build_optimizers(self.model, settings.lr, larger, larger, settings.weight_decay, use_muon)
         self.generator = torch.Generator().manual_seed(settings.seed)
         train_ids, self.val_ids = self.corpus.split(self.val_fraction)
         self.train_set = ShakespeareDataset(train_ids, self.corpus.tokenizer, T)
@@ -66,6 +68,11 @@ class Run:
                 "(--data), a smaller --block-size or a larger --val-fraction"
             )
         self.val_windows = validation_windows(self.val_ids, T, self.corpus.tokenizer, VALIDATION_CHARS)[0]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the global batch."""
+        return self.settings.batch_size * self.model.config.block_size
 
     def progress(self, clock: float) -> float:
         """Share of the run that is done, 0..1, by steps or by the clock (seconds in this session)."""
@@ -130,7 +137,13 @@ class Keeper:
             say(f"the run that was in {self.folder} is in {aside} now")
         self.fresh = False
         save_checkpoint(self.folder / "last.pt", self.run.checkpoint(self.clock()))
-        lines = "".join(json.dumps(line) + "\n" for line in self.run.history)
-        temporary = self.folder / "metrics.jsonl.part"
-        temporary.write_text(lines)
-        temporary.replace(self.folder / "metrics.jsonl")
+        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.run.history))
+
+    def save_summary(self, summary: dict) -> None:
+        """Write summary.json."""
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.folder / f"{name}.part"
+        temporary.write_text(text)
+        temporary.replace(self.folder / name)

@@ -105,7 +105,7 @@ def train_loop(
     """
     start = time.monotonic()
     clock = clock or (lambda: time.monotonic() - start)
-    settings, tokens_per_step = run.settings, run.settings.batch_size * run.model.config.block_size
+    settings = run.settings
     model = run.processes.replicate(run.model.train())
     done = run.progress(clock())
     next_validation = done + 0.1
@@ -114,14 +114,14 @@ def train_loop(
         run.losses.append(train_step(run, model))
         run.step += 1
         done = run.progress(clock())
-        speed = run.step * tokens_per_step / (run.seconds + clock())
+        speed = run.step * run.tokens_per_step / (run.seconds + clock())
         update(done, f"step {run.step}  loss {run.losses[-1]:.3f}  {speed:,.0f} tokens/s")
         due = run.step % settings.eval_every == 0 if settings.eval_every else done >= next_validation
         if due or done >= 1:
             next_validation += 0.1
             record = {
                 "step": run.step,
-                "tokens": run.step * tokens_per_step,
+                "tokens": run.step * run.tokens_per_step,
                 "seconds": run.seconds + clock(),
                 "train_loss": run.processes.mean(torch.stack(run.losses).mean()).item(),
                 "val_loss": validate(run),
@@ -145,14 +145,36 @@ def score(model: Transformer, ids: Tensor, tokenizer: SimpleTokenizer, max_chars
     return likelihood_bound(model, windows, MASK_ID, pairs=2, generator=torch.Generator().manual_seed(0))
 
 
-def report(run: Run, seconds: float) -> None:
-    """Say what the run cost: parameters, tokens, epochs, FLOPs."""
-    params, tokens = run.model.num_parameters(), run.step * run.settings.batch_size * run.model.config.block_size
-    flops = run.model.flops_per_token() * tokens
-    say(f"{params:,} parameters saw {tokens:,} tokens ({tokens / len(run.train_set.ids):.1f} epochs, "
-        f"{tokens / params:.1f} tokens/parameter; Chinchilla's optimum is about 20)")  # fmt: skip
-    speed = f"in {seconds:.0f} s: {flops / seconds / 1e9:.1f} GFLOP/s"
-    say(f"{flops:.3g} FLOPs = {flops / 8.64e19:.2g} petaFLOP/s-days {speed}")
+def summarize(run: Run, steps: int, seconds: float) -> dict:
+    """What the run cost and came to. Speed is that of the last `steps` steps, which took `seconds`."""
+    params, flops_per_token = run.model.num_parameters(), run.model.flops_per_token()
+    tokens, recent = run.step * run.tokens_per_step, steps * run.tokens_per_step
+    result = score(run.model.eval(), run.val_ids, run.corpus.tokenizer, FINAL_CHARS)
+    return {
+        "params": params,
+        "tokens": tokens,
+        "epochs": tokens / len(run.train_set.ids),
+        "tokens_per_param": tokens / params,
+        "flops": flops_per_token * tokens,
+        "pfs_days": flops_per_token * tokens / (1e15 * 86400),
+        "tokens_per_second": recent / seconds,
+        "flops_per_second": flops_per_token * recent / seconds,
+        "nats_per_char": result.nats_per_char,
+        "ci95": list(result.ci95),
+        "is_bound": result.is_bound,
+        "chars": int(result.lengths.sum()),
+    }
+
+
+def report(summary: dict) -> None:
+    """Say it in words."""
+    kind = "upper bound" if summary["is_bound"] else "exact"
+    say("{params:,} parameters saw {tokens:,} tokens: {epochs:.1f} epochs, {tokens_per_param:.1f} tokens a parameter "
+        "(Chinchilla's optimum is about 20)".format(**summary))  # fmt: skip
+    say("{flops:.3g} FLOPs = {pfs_days:.2g} petaFLOP/s-days, at {tokens_per_second:,.0f} tokens/s = ".format(**summary)
+        + f"{summary['flops_per_second'] / 1e9:.1f} GFLOP/s")  # fmt: skip
+    say("validation: {nats_per_char:.4f} nats/char, {kind}, on {chars:,} characters "
+        "(95 % interval {ci95[0]:.4f}..{ci95[1]:.4f} over windows)".format(kind=kind, **summary))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -172,6 +194,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dropout", type=number(float, low=0, below=1))
     add("--batch-size", type=POSITIVE_INT, help="windows a step, over all processes and micro-batches")
     add("--accumulate", type=POSITIVE_INT, help="micro-batches a step: less memory, same result")
+    add("--optimizer", choices=("muon", "adamw"), help="of the blocks' matrices (default: muon; AdamW has the rest)")
     add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's follows")
     add("--weight-decay", type=number(float, low=0))
     length = parser.add_mutually_exclusive_group()
@@ -269,20 +292,19 @@ def main() -> None:
                     keeper.on_validation(record)
                     log(record)
 
+            first_step, began = run.step, clock()
             train_loop(run, on_validation, update, stopping, clock)
+            trained_for = clock() - began
         if not processes.is_main:
             return
         if stopping():
             keeper.save_last()
             say(f"stopped at step {run.step}; to go on, add --resume --model {run.model.name} --out {args.out}")
             return
-        report(run, run.seconds + clock())
-        result = score(run.model.eval(), run.val_ids, run.corpus.tokenizer, FINAL_CHARS)
-        low, high = result.ci95
-        kind = "upper bound" if result.is_bound else "exact"
-        say(f"validation: {result.nats_per_char:.4f} nats/char, {kind}, on {int(result.lengths.sum()):,} characters "
-            f"(95 % interval {low:.4f}..{high:.4f} over windows)")  # fmt: skip
-        say(f"wrote {folder}/best.pt, last.pt, metrics.jsonl; next: python generate.py --prompt ROMEO:")
+        summary = summarize(run, run.step - first_step, trained_for)
+        keeper.save_summary(summary)
+        report(summary)
+        say(f"wrote {folder}/best.pt, last.pt, metrics.jsonl, summary.json; next: python generate.py --prompt ROMEO:")
 
 
 def log(record: dict) -> None:
