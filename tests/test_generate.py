@@ -152,6 +152,46 @@ def test_the_mask_predictor_has_a_table_for_every_mask(call):
     assert table == sorted(table, key=lambda row: -row[1])
 
 
+# ------------------------------------------------------------------------------------------------- LLaDA's ways
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--steps 3",
+        "--order left --temperature 0.5 --top-k 5 --top-p 0.9 --repetition-penalty 1.2",
+        "--order confidence --steps 4 --schedule cosine --block-length 5 --temperature 0",
+        "--order random --schedule ancestral --steps 6 --remask rescale --eta 0.3",
+        "--schedule 6,7 --cfg 0.5",
+        "--threshold 0.5",
+        "--factor 1",
+        "--order entropy --entropy-bound 0.5",
+    ],
+)
+def test_a_template_is_filled_by_every_sampler(call, flags):
+    code, text, notes = call("--model", "llada", "--infill", "ROMEO:[MASK*4]love[MASK*9]", *flags.split())
+    assert code == 0, notes
+    assert len(text) == len("ROMEO:....love.........\n")
+    assert (text[:6], text[10:14]) == ("ROMEO:", "love")
+    assert "13 characters in" in notes
+
+
+def test_infilling_is_the_same_from_python(call):
+    template = "ROMEO:[MASK*4]love[MASK*35]"
+    _, text, _ = call("--model", "llada", "--infill", template, "--seed", 5, "--steps", 4, "--num-samples", 2)
+    together = generate.infill(tiny_model("llada"), TOKENIZER, [template] * 2, seed=5, steps=4)
+    assert text == "\n\n".join(together) + "\n"
+
+
+def test_watching_shows_every_step_and_changes_nothing(call):
+    arguments = ["--model", "llada", "--prompt", "RO", "--length", 16, "--steps", 4]
+    _, text, _ = call(*arguments)
+    _, watched, notes = call(*arguments, "--watch")
+    steps = [line.split(maxsplit=1)[1] for line in notes.splitlines() if line[:4].strip().isdigit()]
+    assert watched == text
+    assert [step.count("·") for step in steps] == [12, 8, 4, 0]
+    assert steps[-1].replace("⏎", "\n") == text.strip("\n")
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -171,6 +211,17 @@ def test_the_mask_predictor_has_a_table_for_every_mask(call):
         (["--checkpoint", "out/llada/last.pt", "--model", "gpt"], "out/llada/last.pt holds a llada model"),
         (["--model", "llada", "--beams", 3], "--beams: not for a llada model"),
         (["--top", 3, "--chat"], "not allowed with argument"),
+        (["--order", "left"], "--order: not for a gpt model"),
+        (["--threshold", 0.5, "--steps", 4], "--steps, --threshold: not for a gpt model"),
+        (["--threshold", 0.5, "--factor", 1], "--factor: not allowed with argument --threshold"),
+        (["--model", "llada", "--steps", 0], "--steps: must be at least 1"),
+        (["--model", "llada", "--block-length", 0], "--block-length: must be at least 1"),
+        (["--model", "llada", "--infill", "abc"], "--infill: nothing to write"),
+        (["--model", "llada", "--infill", "[MASK]", "--length", 3], "--length: the template of --infill says"),
+        (["--model", "llada", "--eta", 0.1], "--eta: only with --remask"),
+        (["--model", "llada", "--schedule", "8,8", "--length", 20], "reveals 16 positions, but 20 are masked"),
+        (["--model", "llada", "--schedule", "fast"], "'fast' is not uniform, cosine, ancestral or counts"),
+        (["--model", "llada", "--chat", "--watch"], "--watch: --chat reads its prompts"),
         (["--top", 3, "--length", 4], "--length: --top looks"),
         (["--chat", "--prompt", "a"], "--prompt: --chat reads its prompts"),
     ],
