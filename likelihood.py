@@ -33,7 +33,8 @@ class Likelihood:
     """Negative log-likelihood of N windows in nats; `is_bound`: an upper bound, else exact.
 
     `token_nats` (N, T) is each character's share (0 beyond a window's end), `window_nats` (N,) each window's total,
-    `lengths` (N,) its characters. `curve` (T + 1,) is c(m), with c(0) = 0; only the bound has one.
+    `lengths` (N,) its characters. Only the bound has `curve` (T + 1,), c(m) with c(0) = 0, and `half_curves`
+    (2, T + 1), the same from every other window: what is chosen on one half can be priced on the other.
     """
 
     token_nats: Tensor
@@ -41,6 +42,7 @@ class Likelihood:
     lengths: Tensor
     is_bound: bool
     curve: Tensor | None = None
+    half_curves: Tensor | None = None
 
     @property
     def nats_per_char(self) -> float:
@@ -63,7 +65,7 @@ class Likelihood:
 
     @classmethod
     def join(cls, parts: list["Likelihood"]) -> "Likelihood":
-        """Windows of several lengths as one; the curve is that of the first part."""
+        """Windows of several lengths as one; the curves are those of the first part."""
         T = max(part.token_nats.shape[1] for part in parts)
         return cls(
             torch.cat([torch.nn.functional.pad(part.token_nats, (0, T - part.token_nats.shape[1])) for part in parts]),
@@ -71,6 +73,7 @@ class Likelihood:
             torch.cat([part.lengths for part in parts]),
             parts[0].is_bound,
             parts[0].curve,
+            parts[0].half_curves,
         )
 
 
@@ -131,12 +134,21 @@ def bound_from_masks(
         means[rows] = ce.sum(1) / m
         token_nats.index_add_(0, rows // K, ce * (N / (m * drawn[m]).double())[:, None])
         tick(len(rows))
-    totals = torch.zeros(T, dtype=torch.float64).index_add_(0, flat_counts, means)
-    curve = torch.cat([totals / drawn.clamp(min=1), hidden.mean()[None]])  # (T + 1,): c(0) = 0, c(1), ..., c(T)
+    curve = curve_of(counts, means.view(N, K), hidden)
     others = (drawn / (drawn - 1).clamp(min=1))[flat_counts]  # turns x - mean into x - mean of the others
     special = ((means - curve[flat_counts]) * others).view(N, K).sum(1) / max(K, 1)
     window_nats = hidden.mean(1) + curve[1:T].sum() + (T - 1) * special
-    return Likelihood(token_nats, window_nats, torch.full((N,), T), is_bound=True, curve=curve)
+    halves = torch.stack([curve_of(counts[i::2], means.view(N, K)[i::2], hidden[i::2]) for i in range(2)])
+    return Likelihood(token_nats, window_nats, torch.full((N,), T), True, curve, halves)
+
+
+def curve_of(counts: Tensor, means: Tensor, hidden: Tensor) -> Tensor:
+    """c(0) = 0, c(1), ..., c(T) from masks' counts and mean CE (N, K) and the CE of all masked (N, T); NaN: none."""
+    T = hidden.shape[1]
+    totals = torch.zeros(T, dtype=torch.float64).index_add_(0, counts.flatten(), means.flatten())
+    averages = totals / torch.bincount(counts.flatten(), minlength=T)
+    averages[0] = 0
+    return torch.cat([averages, hidden.mean()[None]])
 
 
 def losses(predict: Predict, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""Two models on one text, in nats: likelihood, where it hurts, and what writing in fewer steps costs.
+
+Everything comes back as plain values, ready for metrics.json.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from autoregressive import exact_nll
+from console import progress
+from likelihood import (
+    Likelihood,
+    likelihood_bound,
+    monotone,
+    optimal_schedules,
+    pairs_needed,
+    policy_likelihood,
+    schedule_bound,
+    standard_error,
+    uniform_t_bound,
+)
+from model import Transformer
+from tokenizer import MASK_ID, SPECIAL_TOKENS, START_ID
+from unmasking import SCHEDULES, UnmaskingPolicy
+
+Tick = Callable[[int], None]  # told how many windows a network has just read
+
+
+# ------------------------------------------------------------------------------------------------- likelihood
+def score(model: Transformer, windows: list[Tensor], pairs: int, seed: int, tick: Tick) -> Likelihood:
+    """Negative log-likelihood of the same characters by either model: exact for GPT, a bound for LLaDA."""
+    if model.causal:
+        return Likelihood.exact([exact_nll(model, part, START_ID, tick=tick).cpu() for part in windows])
+    return likelihood_bound(model, windows, MASK_ID, pairs, generator=torch.Generator().manual_seed(seed), tick=tick)
+
+
+def figures(result: Likelihood, model: Transformer) -> dict:
+    """A model's entry in metrics.json. perplexity is per character; bits and nats measure the same."""
+    return {
+        "nats_per_char": result.nats_per_char,
+        "ci95": finite(result.ci95),
+        "bits_per_char": result.nats_per_char / math.log(2),
+        "perplexity": math.exp(result.nats_per_char),
+        "is_bound": result.is_bound,
+        "chars": int(result.lengths.sum()),
+        "windows": len(result.lengths),
+        "params": model.num_parameters(),
+    }
+
+
+def finite(interval: tuple[float, float]) -> list[float] | None:
+    """An interval as JSON can hold it; None if one window gave none."""
+    return list(interval) if all(map(math.isfinite, interval)) else None
+
+
+def difference(a: Likelihood, b: Likelihood) -> dict:
+    """nats/char of a minus b on the same windows: paired, so the interval is narrower than the two apart."""
+    nats = a.window_nats - b.window_nats
+    mean, half = float(nats.sum() / a.lengths.sum()), 1.96 * standard_error(nats, a.lengths)
+    return {"nats_per_char": mean, "ci95": finite((mean - half, mean + half))}
+
+
+def where_it_hurts(results: dict[str, Likelihood], windows: list[Tensor], characters: str) -> tuple[dict, dict]:
+    """nats/char of each model at each position of a full window, and on each character of the text."""
+    full, tokens = len(windows[0]), torch.cat([part.flatten() for part in windows]).cpu()
+    counts = torch.bincount(tokens, minlength=len(SPECIAL_TOKENS) + len(characters))[len(SPECIAL_TOKENS) :]
+    positions, by_character = {}, {c: {"count": n} for c, n in zip(characters, counts.tolist(), strict=True) if n}
+    for name, result in results.items():
+        positions[name] = result.token_nats[:full, : windows[0].shape[1]].mean(0).tolist()
+        nats = torch.cat([row[:n] for row, n in zip(result.token_nats, result.lengths.tolist(), strict=True)])
+        totals = torch.zeros(len(counts) + len(SPECIAL_TOKENS), dtype=torch.float64).index_add_(0, tokens, nats)
+        for c, total in zip(characters, totals[len(SPECIAL_TOKENS) :].tolist(), strict=True):
+            if c in by_character:
+                by_character[c][name] = total / by_character[c]["count"]
+    return positions, by_character
+
+
+# ------------------------------------------------------------------------------------------------- steps
+def compare_schedules(curve: Tensor, half_curves: Tensor) -> dict[str, list[dict]]:
+    """Upper bounds in nats/char of K-step schedules with random positions, K = 1, 2, 4, ..., T; from c(m) alone."""
+    T = len(curve) - 1
+    budgets = [2**k for k in range(T.bit_length()) if 2**k < T] + [T]
+    rows = {
+        name: [(counts, schedule_bound(curve, counts)) for steps in budgets for counts in [SCHEDULES[name](T, steps)]]
+        for name in ("uniform", "cosine")
+    }
+    rows["optimal"] = best_schedules(curve, half_curves, budgets)
+    return {
+        name: [{"nfe": sum(n > 0 for n in counts), "nats_per_char": nats / T, "counts": counts} for counts, nats in row]
+        for name, row in rows.items()
+    }
+
+
+def best_schedules(curve: Tensor, half_curves: Tensor, budgets: list[int]) -> list[tuple[list[int], float]]:
+    """The optimal schedule of each number of steps, and its bound in nats/window.
+
+    A schedule priced on the very c(m) that chose it looks too good: it has picked the counts where c(m) came out low by
+    chance. So the saving over T steps is that of schedules chosen on half of the windows and priced on the other half.
+    """
+    if half_curves.isnan().any():  # hardly any windows: no honest choice can be made
+        return []
+    a, b = half_curves
+    halves = [(optimal_schedules(monotone(chooser)), pricer) for chooser, pricer in ((a, b), (b, a))]
+    chosen = optimal_schedules(monotone(curve))
+    extra = [
+        sum(schedule_bound(pricer, schedules[steps - 1]) - float(pricer.sum()) for schedules, pricer in halves) / 2
+        for steps in budgets
+    ]
+    return [(chosen[steps - 1], float(curve.sum()) + nats) for steps, nats in zip(budgets, extra, strict=True)]
+
+
+def compare_policies(
+    model: Transformer, windows: Tensor, limit: int, policies: list[UnmaskingPolicy], reference: Likelihood, tick: Tick
+) -> list[dict]:
+    """Exact nats/char of each policy against its NFE, on at most `limit` of the full windows (N, T), evenly spaced.
+
+    A window that is hard for one sampler is hard for all: what the reference, which scored every window, found special
+    about these few is taken out again by regression.
+    """
+    N, T = windows.shape
+    some = torch.linspace(0, N - 1, min(N, limit)).long()
+    known = reference.window_nats[:N] / T
+    x = known[some] - known.mean()
+    centred = x - x.mean()
+    rows = []
+    for policy in policies:
+        result, nfe = policy_likelihood(model, windows[some.to(windows.device)], policy, MASK_ID, tick=tick)
+        nats = result.window_nats / T
+        adjusted = nats - x * (centred * nats).sum() / centred.square().sum().clamp(min=1e-12)
+        mean, half = float(adjusted.mean()), 1.96 * standard_error(adjusted, torch.ones(len(some)))
+        rows.append({
+            "order": policy.order,
+            "threshold": policy.threshold,
+            "nfe": float(nfe.double().mean()),
+            "nats_per_char": mean,
+            "ci95": finite((mean - half, mean + half)),
+        })
+    return rows
+
+
+def compare_estimators(model: Transformer, windows: Tensor, seed: int, repeats: int = 30) -> None:
+    """Print the variance, for each network evaluation, of plain uniform-t Monte Carlo and of the paired estimator.
+
+    Both score the same windows (N, T) again and again with fresh masks; two evaluations a window each time, and the
+    variance is over those repeats: it holds nothing of the choice of windows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    N, T = windows.shape
+    pairs = pairs_needed(N, T, 1)
+    plain, paired = [], []
+    with progress(repeats, "compare estimators") as update:
+        for i in range(repeats):
+            plain.append(uniform_t_bound(model, windows, MASK_ID, 2, generator))
+            paired.append(likelihood_bound(model, [windows], MASK_ID, pairs, generator=generator).nats_per_char)
+            update(i + 1, "")
+    plain, paired = torch.tensor(plain).double(), torch.tensor(paired).double()
+    per_evaluation = plain.var() * 2, paired.var() * (2 * pairs + 1 / N)
+    print(f"{repeats} repeats on {N} windows of {T} characters; variance x evaluations a window, (nats/char)^2")
+    print(f"plain uniform-t Monte Carlo  mean {plain.mean():.4f}  {per_evaluation[0]:.3g}")
+    print(f"stratified complementary     mean {paired.mean():.4f}  {per_evaluation[1]:.3g}")
+    print(f"ratio {per_evaluation[0] / per_evaluation[1]:.1f}")
