@@ -111,6 +111,22 @@ def test_accumulated_gradients_are_those_of_the_large_batch(corpus_file, model):
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6), name
 
 
+@pytest.mark.parametrize("model", ["llada", "gpt"])
+def test_gpu_paths_compute_the_same_loss(corpus_file, model):
+    """What CUDA does by default, as far as a CPU can: bfloat16 autocast, and the encoder captured as a graph."""
+    run = small_run(model, corpus_file)
+    batch = make_batch(model, run.train_set.sample(8, run.generator), run.generator)
+    exact = compute_loss(model, run.model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = compute_loss(model, run.model, batch)
+    rounded.backward()
+    assert all(p.grad.isfinite().all() for p in run.model.parameters())
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert rounded.item() != exact.item()
+    run.model.encoder.compile(backend="aot_eager", fullgraph=True)
+    assert compute_loss(model, run.model, batch).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 def torchrun(tmp_path, *arguments) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
