@@ -150,9 +150,9 @@ def print_written(writer: GeneratorTransformer, settings: dict) -> None:
     for draft in watch(drafts, writer.tokenizer) if watching else drafts:
         if num_samples == 1 and not watching and "remask" not in settings:
             settled = first_mask(draft.texts[0], shown)
-            print(writer.tokenizer.decode(draft.texts[0][shown:settled].cpu()), end="", flush=True)
+            print(writer.tokenizer.decode(draft.texts[0][shown:settled]), end="", flush=True)
             shown = settled
-    texts = [writer.tokenizer.decode(text.cpu()) for text in draft.texts]
+    texts = [writer.tokenizer.decode(text) for text in draft.texts]
     print("\n\n".join([texts[0][shown:], *texts[1:]]))
     say_speed(num_samples * int((template == MASK_ID).sum()), start, f", {draft.nfe} network evaluations")
 

@@ -46,12 +46,14 @@ def prompt_template(prompt: str, length: int, tokenizer: SimpleTokenizer) -> Ten
 def mask_predictor(model: LLaDAModel) -> Callable[[Tensor], Tensor]:
     """predict(tokens) for `reverse_process`: the [PAD]s a row begins with are hidden from the network.
 
-    [END] is never written: a hole of n characters gets n characters.
+    [END] is never written: a hole of n characters gets n characters. Takes tokens from any device, the model's or not,
+    and gives logits on the CPU, where drawing is done in float64 (which some devices do not have).
     """
+    device = next(model.parameters()).device
 
     def predict(tokens: Tensor) -> Tensor:
         pad = left_padding(tokens)
-        logits = model(tokens, pad=pad if pad.any() else None)
+        logits = model(tokens.to(device), pad=pad.to(device) if pad.any() else None).cpu()
         logits[..., END_ID] = -torch.inf
         return logits
 
@@ -95,13 +97,13 @@ def write(
     window holds block_size characters and moves on by `slide` (default: half of that) when all in it is written. A text
     does not depend on its batch. Raises ValueError, at once, for bad values.
     """
-    block_size, device = model.config.block_size, next(model.parameters()).device
+    block_size = model.config.block_size
     slide = max(1, block_size // 2) if slide is None else slide
     if not 1 <= slide <= block_size:
         raise ValueError(f"slide must be in 1..{block_size} (block_size), got {slide}")
     if not len(templates) or not all(len(template) for template in templates):
         raise ValueError("there is nothing to write: a text has at least one character or [MASK]")
-    texts = [template.to(device, copy=True) for template in templates]
+    texts = [template.to("cpu", copy=True) for template in templates]
     generators = row_generators(generator, pad_left(texts))
     predict, sampling = mask_predictor(model), defaults(sampling)
     first = pad_left([text[:block_size] for text in texts])
@@ -162,7 +164,7 @@ def infill(
     settings.setdefault("generator", torch.Generator().manual_seed(seed))
     templates = [template] if isinstance(template, str) else template
     drafts = write(model, [parse_template(text, tokenizer) for text in templates], **settings)
-    texts = [tokenizer.decode(text.cpu()) for text in last(drafts).texts]
+    texts = [tokenizer.decode(text) for text in last(drafts).texts]
     return texts[0] if isinstance(template, str) else texts
 
 
@@ -192,10 +194,10 @@ def settled_pieces(
         texts = draft.texts
         if not wait:
             settled = [first_mask(text, start) for text, start in zip(texts, shown, strict=True)]
-            yield [tokenizer.decode(text[a:b].cpu()) for text, a, b in zip(texts, shown, settled, strict=True)]
+            yield [tokenizer.decode(text[a:b]) for text, a, b in zip(texts, shown, settled, strict=True)]
             shown = settled
     if wait:
-        yield [tokenizer.decode(text[start:].cpu()) for text, start in zip(texts, shown, strict=True)]
+        yield [tokenizer.decode(text[start:]) for text, start in zip(texts, shown, strict=True)]
 
 
 def first_mask(text: Tensor, start: int) -> int:
