@@ -41,7 +41,7 @@ class Effort:
     pairs: int  # of complementary masks for each of them
     train_windows: int  # of the training part, to see overfitting
     policy_windows: int
-    budgets: int  # network evaluations a policy may spend: this many of T, T/2, T/4, ...
+    budgets: tuple[int, ...]  # a policy may spend T / each of these network evaluations
     orders: tuple[str, ...]
     thresholds: tuple[float, ...]
     samples: int  # texts of each kind
@@ -50,7 +50,7 @@ class Effort:
 
     def policies(self, T: int) -> list[UnmaskingPolicy]:
         """Each order at each budget, and thresholds, which spend what they need."""
-        budgets = sorted({max(1, T >> k) for k in range(self.budgets)})
+        budgets = sorted({max(1, T // part) for part in self.budgets})
         orders = [UnmaskingPolicy(steps=steps, order=order) for order in self.orders for steps in budgets]
         return orders + [UnmaskingPolicy(steps=T, threshold=threshold) for threshold in self.thresholds]
 
@@ -61,8 +61,8 @@ class Effort:
 
 
 ORDERS = ("confidence", "margin", "entropy", "left", "strided")
-FULL = Effort(8192, 8, 512, 32, 6, ORDERS, (0.5, 0.7, 0.9, 0.97), 64, ("strided", "random"), 256)
-QUICK = Effort(2048, 1, 128, 8, 3, ("confidence", "strided"), (0.9,), 16, ("strided",), 32)
+FULL = Effort(8192, 8, 512, 32, (32, 16, 8, 4, 2, 1), ORDERS, (0.5, 0.7, 0.9, 0.97), 64, ("strided", "random"), 256)
+QUICK = Effort(2048, 1, 128, 8, (16, 4, 1), ("confidence", "strided"), (0.9,), 16, ("strided",), 32)
 
 
 # ------------------------------------------------------------------------------------------------- what is evaluated
@@ -163,7 +163,7 @@ class Evaluation:
     def gallery(self, tick: Tick) -> dict:
         """Continuations of held-out prompts."""
         prompts = held_out_prompts(self.tokenizer.decode(self.val.numpy()), 3, max(1, self.T // 4))
-        steps = sorted({steps for _, steps in self.effort.kinds(self.T)})
+        steps = sorted({max(1, self.T // 8), self.T})
         return {"samples": gallery(self.models, self.tokenizer, prompts, self.T, steps, self.seed, tick)}
 
     def infilling(self, tick: Tick) -> dict:
@@ -188,7 +188,7 @@ class Evaluation:
             ("training text", self.overfitting, len(self.train_windows[0]) * (4 + n)),
             ("policies", self.steps, budgets * min(effort.policy_windows, len(self.windows[0]))),
             ("samples", self.quality, effort.samples * written),
-            ("gallery", self.gallery, 3 * sum(steps for _, steps in effort.kinds(T))),
+            ("gallery", self.gallery, 3 * (T + T // 8)),
             ("infilling", self.infilling, effort.infillings * 24),
             ("embeddings", self.embedding, 1),
         ]

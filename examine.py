@@ -11,8 +11,10 @@ from torch import Tensor
 
 from autoregressive import exact_nll
 from console import progress
+from diffusion import MIN_T, compute_llada_loss, forward_process
 from likelihood import (
     Likelihood,
+    Predict,
     likelihood_bound,
     monotone,
     optimal_schedules,
@@ -20,7 +22,6 @@ from likelihood import (
     policy_likelihood,
     schedule_bound,
     standard_error,
-    uniform_t_bound,
 )
 from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS, START_ID
@@ -89,8 +90,12 @@ def compare_schedules(curve: Tensor, half_curves: Tensor) -> dict[str, list[dict
     }
     rows["optimal"] = best_schedules(curve, half_curves, budgets)
     return {
-        name: [{"nfe": sum(n > 0 for n in counts), "nats_per_char": nats / T, "counts": counts} for counts, nats in row]
+        name: [
+            {"steps": steps, "nfe": sum(n > 0 for n in counts), "nats_per_char": nats / T, "counts": counts}
+            for steps, (counts, nats) in zip(budgets, row, strict=True)
+        ]
         for name, row in rows.items()
+        if row
     }
 
 
@@ -139,6 +144,22 @@ def compare_policies(
             "ci95": finite((mean - half, mean + half)),
         })
     return rows
+
+
+@torch.inference_mode()
+def uniform_t_bound(
+    predict: Predict, windows: Tensor, mask_token_id: int, draws: int, generator: torch.Generator | None = None
+) -> float:
+    """The same bound in nats/token by plain Monte Carlo: the training loss at `draws` independent uniform t a window.
+
+    Only here to be compared with.
+    """
+    total = 0.0
+    for _ in range(draws):
+        t = MIN_T + (1 - MIN_T) * torch.rand(len(windows), generator=generator)
+        masked, mask = forward_process(windows, t, mask_token_id, generator)
+        total += compute_llada_loss(predict(masked), windows, mask, t).item()
+    return total / draws
 
 
 def compare_estimators(model: Transformer, windows: Tensor, seed: int, repeats: int = 30) -> None:

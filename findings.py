@@ -72,19 +72,22 @@ def overfitting(metrics: dict) -> str:
     words = []
     for name, seen in metrics.get("training_text", {}).items():
         gap = metrics["models"][name]["nats_per_char"] - seen["nats_per_char"]
-        words.append(f"{NAMES[name]} {seen['nats_per_char']:.3f} ({interval(seen['ci95'])}), {gap:.3f} less than here")
-    return f"On samples of the training text: {'; '.join(words)} nats/char." if words else ""
+        side = "below" if gap > 0 else "above"
+        figure = f"{seen['nats_per_char']:.3f} nats/char ({interval(seen['ci95'])})"
+        words.append(f"{NAMES[name]} has {figure}, {abs(gap):.3f} {side} its validation loss")
+    return f"On windows of the training text {listing(words)}." if words else ""
 
 
 def best_infiller(metrics: dict) -> str:
     rows = metrics.get("infilling", {})
     if not all(rows.get(name) for name in ("llada", "gpt")):
         return ""
-    words = [
-        f"{100 * a['accuracy']:.0f} % against {100 * b['accuracy']:.0f} % for spans of {a['span']}"
-        for a, b in zip(rows["llada"], rows["gpt"], strict=True)
-    ]
-    return f"Filling gaps, LLaDA with both sides in view finds {listing(words)} that GPT continues from the left."
+    spans = listing([str(row["span"]) for row in rows["llada"]])
+    found = [listing([f"{100 * row['accuracy']:.0f}" for row in rows[name]]) for name in ("llada", "gpt")]
+    return (
+        f"In gaps of {spans} characters LLaDA, which sees both sides, finds {found[0]} % of the characters; GPT, which "
+        f"sees the left, {found[1]} %."
+    )
 
 
 def late_fall(history: list[dict]) -> float | None:

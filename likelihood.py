@@ -17,10 +17,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from diffusion import MIN_T, compute_llada_loss, forward_process
 
 Predict = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V)
 Policy = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, T, V), masked (B, T), step -> to reveal (B, T)
@@ -190,22 +189,6 @@ def likelihood_bound(
     return Likelihood.join(parts)
 
 
-@torch.inference_mode()
-def uniform_t_bound(
-    predict: Predict, windows: Tensor, mask_token_id: int, draws: int, generator: torch.Generator | None = None
-) -> float:
-    """The same bound in nats/token by plain Monte Carlo: the training loss at `draws` independent uniform t a window.
-
-    Only here to be compared with: its variance for each network evaluation is several times that of `likelihood_bound`.
-    """
-    total = 0.0
-    for _ in range(draws):
-        t = MIN_T + (1 - MIN_T) * torch.rand(len(windows), generator=generator)
-        masked, mask = forward_process(windows, t, mask_token_id, generator)
-        total += compute_llada_loss(predict(masked), windows, mask, t).item()
-    return total / draws
-
-
 # ------------------------------------------------------------------------------------------------- schedules
 def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
     """Upper bound in nats/window of writing T tokens in len(schedule) steps, schedule[k] of them at step k.
@@ -221,18 +204,21 @@ def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
 
 
 def monotone(curve: Tensor) -> Tensor:
-    """The non-decreasing curve nearest to c(1..T) in squares, by pooling adjacent violators; c(0) stays 0.
+    """c(m) smoothed to a curve that never falls, as an ideal predictor's cannot; c(0) stays 0.
 
-    An ideal predictor's c(m) cannot fall with m. Good for drawing and for choosing; figures come from the curve itself.
+    The nearest non-decreasing steps in squares (pooling adjacent violators), joined by lines through their middles.
+    Good for drawing and for choosing; figures come from the curve itself.
     """
-    pools: list[list[float]] = []  # sum, count
+    pools: list[tuple[float, int]] = []  # sum and count of neighbouring values
     for value in curve[1:].tolist():
-        pools.append([value, 1])
+        pools.append((value, 1))
         while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
-            total, count = pools.pop()
-            pools[-1][0] += total
-            pools[-1][1] += count
-    return torch.tensor([0.0] + [total / count for total, count in pools for _ in range(int(count))]).to(curve)
+            (a, n), (b, k) = pools[-2:]
+            pools[-2:] = [(a + b, n + k)]
+    counts = np.array([count for _, count in pools])
+    middles = np.cumsum(counts) - (counts - 1) / 2  # the pool of values 1..count has its middle at (1 + count) / 2
+    smooth = np.interp(np.arange(1, len(curve)), middles, [total / count for total, count in pools])
+    return torch.tensor([0.0, *smooth]).to(curve)
 
 
 def optimal_schedules(curve: Tensor) -> list[list[int]]:

@@ -115,9 +115,9 @@ def masking(metrics: dict) -> list[str]:
 def steps(metrics: dict) -> list[str]:
     if not metrics.get("schedules"):
         return []
-    schedules = {name: rows for name, rows in metrics["schedules"].items() if rows}
-    budgets = [row["nfe"] for row in schedules["uniform"]]
-    cells = {name: {row["nfe"]: row["nats_per_char"] for row in rows} for name, rows in schedules.items()}
+    schedules = metrics["schedules"]
+    budgets = [row["steps"] for row in schedules["uniform"]]
+    cells = {name: {row["steps"]: row["nats_per_char"] for row in rows} for name, rows in schedules.items()}
     for row in metrics["policies"]:
         if row["threshold"] is None:
             cells.setdefault(f"{row['order']} order", {})[round(row["nfe"])] = row["nats_per_char"]
@@ -126,7 +126,7 @@ def steps(metrics: dict) -> list[str]:
     words = "; ".join(f"{name_of(r)}: {r['nats_per_char']:.3f} in {r['nfe']:.1f}" for r in own_pace)
     return [
         "![Loss against network evaluations](likelihood_against_nfe.png)",
-        table(["nats/char in K evaluations", *map(str, budgets)], rows),
+        table(["nats/char in K steps", *map(str, budgets)], rows),
         "Schedules reveal positions in random order (bounds); orders choose them from what is visible (exact). "
         "The optimal schedule is chosen on one half of the windows and priced on the other."
         + (f" At their own pace (nats/char in evaluations a text): {words}." if words else ""),
@@ -171,7 +171,7 @@ def samples(metrics: dict) -> list[str]:
         if row["prompt"] != prompt:
             prompt = row["prompt"]
             blocks.append(f"**Prompt:** `{show(prompt)}`")
-        title = NAMES[row["model"]] + (f", {row['steps']} steps" if row["steps"] else "")
+        title = NAMES[row["model"]] + (f", {row['order']} order, {row['steps']} steps" if row["steps"] else "")
         body = (row["prompt"] + row["text"]).strip("\n").replace("\n", "\n    ")
         blocks.append(f"{title}:\n\n    {body}")
     return blocks

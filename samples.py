@@ -140,7 +140,13 @@ def gallery(
     if "gpt" in models:
         written.append(("gpt", None, write_gpt(models["gpt"], ids, T, seed, tick)[0]))
     return [
-        {"model": name, "steps": count, "prompt": prompt, "text": tokenizer.decode(row[len(known) :].numpy())}
+        {
+            "model": name,
+            "order": ORDER if count else None,
+            "steps": count,
+            "prompt": prompt,
+            "text": tokenizer.decode(row[len(known) :].numpy()),
+        }
         for i, (prompt, known) in enumerate(zip(prompts, ids, strict=True))
         for name, count, texts in written
         for row in [texts[i]]

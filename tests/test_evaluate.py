@@ -217,7 +217,7 @@ def test_optimal_schedules_are_priced_on_windows_that_did_not_choose_them():
     rows = compare_schedules(halves.mean(0), halves)["optimal"]
     bound = float(halves.mean(0).sum()) / 8
     assert rows[-1]["nats_per_char"] == pytest.approx(bound)
-    assert compare_schedules(halves.mean(0), torch.full((2, 9), torch.nan))["optimal"] == []
+    assert compare_schedules(halves.mean(0), torch.full((2, 9), torch.nan)).keys() == {"uniform", "cosine"}
 
 
 def entry(nats: float, half: float, is_bound: bool) -> dict:
