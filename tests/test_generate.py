@@ -31,7 +31,7 @@ def tiny_model(name: str, seed: int = 0):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.15, generator=generator)
-        model.head.weight *= 4
+        model.head.weight *= 2
         model.encoder.embedding.weight[:, 0] = 2.0  # a feature that is always on, and against [END]
         model.head.weight[END_ID] = -100.0 * (torch.arange(16) == 0)
     return model
