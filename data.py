@@ -84,6 +84,15 @@ class Corpus:
         cut = int(len(self.ids) * (1 - val_fraction) + 1e-6)
         return self.ids[:cut], self.ids[cut:]
 
+    def check_windows(self, val_fraction: float, seq_length: int) -> None:
+        """Raise ValueError, before anything large is built, if either part is shorter than one window."""
+        for part, ids in zip(("train", "validate"), self.split(val_fraction), strict=True):
+            if len(ids) < seq_length:
+                raise ValueError(
+                    f"{len(ids)} characters to {part} on are too few for one window of {seq_length}: use a longer "
+                    "text (--data), a smaller --block-size or another --val-fraction"
+                )
+
 
 def load_corpus(name: str | None = None) -> Corpus:
     """A corpus by name ("tinyshakespeare", "pydoc") or path of a UTF-8 file; None is TinyShakespeare, or else pydoc.
@@ -207,10 +216,7 @@ class ShakespeareDataset(torch.utils.data.Dataset):
         self.ids = torch.from_numpy(tokenizer.encode(text)) if isinstance(text, str) else text
         self.seq_length, self.stride = seq_length, stride
         if len(self.ids) < seq_length:
-            raise ValueError(
-                f"{len(self.ids)} characters are too few for one window of {seq_length}: use a longer text (--data), "
-                "a smaller --block-size or another --val-fraction"
-            )
+            raise ValueError(f"{len(self.ids)} characters are too few for one window of {seq_length}")
 
     def __len__(self) -> int:
         return (len(self.ids) - self.seq_length) // self.stride + 1

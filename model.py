@@ -37,6 +37,7 @@ class TransformerConfig:
     n_layer: int = 4  # L
     dropout: float = 0.0
     arch: str = "rotary"  # or "vanilla"
+    ngram_dropout: float = 0.0  # of the n-gram tables, which overfit first
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer"):
@@ -44,8 +45,9 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd must be a multiple of 2 * n_head, got {self.n_embd} with n_head {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "ngram_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.arch not in ENCODERS:
             raise ValueError(f"arch must be one of {', '.join(ENCODERS)}, got {self.arch!r}")
 
@@ -142,7 +144,7 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
-        self.vocab_size, self.offsets = config.vocab_size, NGRAMS[causal]
+        self.vocab_size, self.offsets, self.dropout = config.vocab_size, NGRAMS[causal], config.ngram_dropout
         self.tables = nn.ModuleList(nn.Embedding(NGRAM_ROWS, config.n_embd) for _ in self.offsets)
         for table in self.tables:
             nn.init.zeros_(table.weight)
@@ -161,7 +163,7 @@ class NgramEmbedding(nn.Module):
             for offset in offsets:  # the n-gram as a number in base V
                 key = key * self.vocab_size + tokens[:, REACH + offset : REACH + offset + T]
             x = x + table(key % NGRAM_ROWS)
-        return x
+        return F.dropout(x, self.dropout, self.training)
 
 
 class NeighbourConvolution(nn.Module):

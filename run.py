@@ -62,11 +62,6 @@ class Run:
         self.generator = torch.Generator().manual_seed(settings.seed)
         train_ids, self.val_ids = self.corpus.split(self.val_fraction)
         self.train_set = ShakespeareDataset(train_ids, self.corpus.tokenizer, T)
-        if len(self.val_ids) < T:
-            raise ValueError(
-                f"{len(self.val_ids)} characters to validate on are too few for one window of {T}: use a longer text "
-                "(--data), a smaller --block-size or a larger --val-fraction"
-            )
         self.val_windows = validation_windows(self.val_ids, T, self.corpus.tokenizer, VALIDATION_CHARS)[0]
 
     @property

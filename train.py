@@ -32,10 +32,16 @@ from tokenizer import MASK_ID, START_ID, SimpleTokenizer
 FINAL_CHARS = 1 << 18  # scored at the end: all of TinyShakespeare's validation part
 T_POWER = 2.0  # t = u^2: lightly masked windows are the noisy ones (a token weighs 1/t), so draw them more often
 PRESETS = {
-    "laptop": {"n_layer": 4, "n_head": 2, "n_embd": 96, "block_size": 128, "batch_size": 16, "minutes": 2.75},
+    "laptop": {"n_layer": 4, "n_head": 2, "block_size": 128, "batch_size": 16, "minutes": 2.75},
     "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "steps": 5000,
             "dropout": 0.2, "weight_decay": 0.1},
 }  # fmt: skip
+
+LAPTOP_SIZES = (  # up to so many minutes: more time pays for more width, and asks for more regularization
+    (1.0, {"n_embd": 64}),
+    (6.0, {"n_embd": 96, "ngram_dropout": 0.5}),
+    (float("inf"), {"n_embd": 128, "ngram_dropout": 0.5, "dropout": 0.1, "weight_decay": 0.1}),
+)
 
 
 # ------------------------------------------------------------------------------------------------- what is minimized
@@ -222,16 +228,20 @@ def pick_device(name: str | None) -> str:
 
 def new_run(args: argparse.Namespace, processes: Processes) -> Run:
     """A fresh run: preset, then flags."""
-    preset = PRESETS[args.preset or ("gpu" if processes.device.type == "cuda" else "laptop")]
-    given = {k: v for k, v in vars(args).items() if v is not None}
+    name = args.preset or ("gpu" if processes.device.type == "cuda" else "laptop")
+    preset, given = dict(PRESETS[name]), {k: v for k, v in vars(args).items() if v is not None}
+    if name == "laptop":
+        minutes = given.get("minutes", preset["minutes"])
+        preset |= next(sizes for limit, sizes in LAPTOP_SIZES if minutes <= limit)
     if "steps" in given or "minutes" in given:
-        preset = {k: v for k, v in preset.items() if k not in ("steps", "minutes")}
+        del preset["steps" if "steps" in preset else "minutes"]
     chosen = {"compile": processes.device.type == "cuda"} | preset | given
     corpus = load_corpus(args.data)
     config_class, settings = CONFIGS[args.model], Settings(**{k: chosen[k] for k in names(Settings) if k in chosen})
     if settings.steps and not settings.eval_every:
         settings.eval_every = max(1, settings.steps // 10)
     config = {k: chosen[k] for k in names(config_class) if k in chosen}
+    corpus.check_windows(chosen.get("val_fraction", 0.2), config["block_size"])
     torch.manual_seed(settings.seed)  # initial weights and dropout
     model = MODELS[args.model](config_class(vocab_size=corpus.tokenizer.vocab_size, **config))
     return Run(model, corpus, chosen.get("val_fraction", 0.2), settings, processes)

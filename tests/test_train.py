@@ -163,7 +163,7 @@ def test_a_killed_worker_ends_the_run_clearly_and_the_checkpoint_is_whole(corpus
 
 
 def test_training_on_a_large_text_keeps_memory_flat(tmp_path):
-    """200 MB of text may not cost 200 MB: peak resident memory is that of a small text, but for pages of the map."""
+    """200 MB of text cost at most the touched pages of its map; in memory it would be text and ids, 400 MB."""
     path = tmp_path / "large.txt"
     with open(path, "w") as file:
         for i in range(200):
@@ -177,7 +177,7 @@ def test_training_on_a_large_text_keeps_memory_flat(tmp_path):
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         peaks[name] = int(process.stdout) / 1024
-    assert peaks[str(path)] < peaks["pydoc"] + 150, peaks
+    assert peaks[str(path)] < peaks["pydoc"] + 300, peaks
 
 
 def test_a_new_run_moves_the_old_one_aside(command, corpus_file, tmp_path):
