@@ -254,7 +254,7 @@ def names(dataclass: type) -> list[str]:
 
 def resumed_run(args: argparse.Namespace, processes: Processes) -> Run:
     """The run of a checkpoint, with its own settings; only its end may be moved."""
-    movable = {"model", "steps", "minutes", "eval_every", "device", "out", "resume"}
+    movable = {"model", "data", "steps", "minutes", "eval_every", "device", "out", "resume"}
     extra = [k for k, v in vars(args).items() if v is not None and k not in movable]
     if extra:
         flag = extra[0].replace("_", "-")
@@ -266,7 +266,7 @@ def resumed_run(args: argparse.Namespace, processes: Processes) -> Run:
     if args.steps or args.minutes:
         settings.steps, settings.minutes = args.steps, args.minutes
     settings.eval_every = args.eval_every or settings.eval_every
-    return Run.resume(checkpoint, load_corpus(checkpoint.corpus["name"]), settings, processes)
+    return Run.resume(checkpoint, load_corpus(args.data or checkpoint.corpus["name"]), settings, processes)
 
 
 def tune_cpu() -> None:
