@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, find_checkpoints, load_checkpoint
 from console import number, progress, run, say
-from data import Corpus, load_corpus, validation_windows
+from data import Corpus, ShakespeareDataset, load_corpus, validation_windows
 from examine import (
     Tick,
     compare_estimators,
@@ -60,6 +60,7 @@ class Effort:
         return [(order, steps) for order in self.sample_orders for steps in budgets]
 
 
+READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
 ORDERS = ("confidence", "margin", "entropy", "left", "strided")
 FULL = Effort(8192, 8, 512, 32, (32, 16, 8, 4, 2, 1), ORDERS, (0.5, 0.7, 0.9, 0.97), 64, ("strided", "random"), 256)
 QUICK = Effort(2048, 1, 128, 8, (16, 4, 1), ("confidence", "strided"), (0.9,), 16, ("strided",), 32)
@@ -119,9 +120,11 @@ class Evaluation:
 
     def some_windows(self, ids: Tensor, limit: int) -> list[Tensor]:
         """At most `limit` windows, evenly spaced; if the text has no more, all of them and the short last one."""
-        windows = validation_windows(ids, self.T, self.tokenizer)
-        if len(windows[0]) > limit:
-            windows = [windows[0][torch.linspace(0, len(windows[0]) - 1, limit).long()]]
+        if len(ids) // self.T <= limit:
+            windows = validation_windows(ids, self.T, self.tokenizer)
+        else:
+            dataset = ShakespeareDataset(ids, self.tokenizer, self.T, stride=self.T)
+            windows = [dataset.gather(torch.linspace(0, len(dataset) - 1, limit).long())]
         device = next(next(iter(self.models.values())).parameters()).device
         return [part.to(device) for part in windows]
 
@@ -150,19 +153,20 @@ class Evaluation:
         reference = self.results.get("gpt", bound)
         policies, limit = self.effort.policies(self.T), self.effort.policy_windows
         return {
-            "schedules": compare_schedules(bound.curve, bound.half_curves),
+            "schedules": compare_schedules(bound),
             "policies": compare_policies(self.llada, self.windows[0], limit, policies, reference, tick),
         }
 
     def quality(self, tick: Tick) -> dict:
         """Measures of what the models write, beside those of the validation text."""
-        yardsticks = Yardsticks(self.models, self.tokenizer, self.train, self.seed)
+        yardsticks = Yardsticks(self.models, self.tokenizer, self.train, self.train[:READ], self.seed)
         kinds, count = self.effort.kinds(self.T), self.effort.samples
-        return {"quality": examine_samples(yardsticks, self.val, self.T, count, kinds, tick)}
+        rows = examine_samples(yardsticks, self.val, self.T, count, kinds, tick)
+        return {"quality": rows, "words_from": min(READ, len(self.train))}
 
     def gallery(self, tick: Tick) -> dict:
         """Continuations of held-out prompts."""
-        prompts = held_out_prompts(self.tokenizer.decode(self.val.numpy()), 3, max(1, self.T // 4))
+        prompts = held_out_prompts(self.tokenizer.decode(self.val[:READ].numpy()), 3, max(1, self.T // 4))
         steps = sorted({max(1, self.T // 8), self.T})
         return {"samples": gallery(self.models, self.tokenizer, prompts, self.T, steps, self.seed, tick)}
 
@@ -174,7 +178,7 @@ class Evaluation:
 
     def embedding(self, tick: Tick) -> dict:
         """Where the characters stand."""
-        counts = torch.bincount(self.train.int(), minlength=self.tokenizer.vocab_size).tolist()
+        counts = torch.bincount(self.train[:READ].int(), minlength=self.tokenizer.vocab_size).tolist()
         characters = sorted(self.tokenizer.characters, key=lambda c: -counts[self.tokenizer.char_to_id[c]])[:100]
         return {"embeddings": {name: embeddings(m, characters, self.tokenizer) for name, m in self.models.items()}}
 

@@ -15,6 +15,7 @@ from diffusion import MIN_T, compute_llada_loss, forward_process
 from likelihood import (
     Likelihood,
     Predict,
+    curve_of,
     likelihood_bound,
     monotone,
     optimal_schedules,
@@ -33,9 +34,15 @@ Tick = Callable[[int], None]  # told how many windows a network has just read
 # ------------------------------------------------------------------------------------------------- likelihood
 def score(model: Transformer, windows: list[Tensor], pairs: int, seed: int, tick: Tick) -> Likelihood:
     """Negative log-likelihood of the same characters by either model: exact for GPT, a bound for LLaDA."""
+    size = batch_size(windows[0])
     if model.causal:
-        return Likelihood.exact([exact_nll(model, part, START_ID, tick=tick).cpu() for part in windows])
-    return likelihood_bound(model, windows, MASK_ID, pairs, generator=torch.Generator().manual_seed(seed), tick=tick)
+        return Likelihood.exact([exact_nll(model, part, START_ID, size, tick).cpu() for part in windows])
+    return likelihood_bound(model, windows, MASK_ID, pairs, size, torch.Generator().manual_seed(seed), tick)
+
+
+def batch_size(windows: Tensor) -> int:
+    """How many windows to read at once: few on a CPU, whose caches they should fit, many elsewhere."""
+    return 32 if windows.device.type == "cpu" else 256
 
 
 def figures(result: Likelihood, model: Transformer) -> dict:
@@ -80,41 +87,65 @@ def where_it_hurts(results: dict[str, Likelihood], windows: list[Tensor], charac
 
 
 # ------------------------------------------------------------------------------------------------- steps
-def compare_schedules(curve: Tensor, half_curves: Tensor) -> dict[str, list[dict]]:
-    """Upper bounds in nats/char of K-step schedules with random positions, K = 1, 2, 4, ..., T; from c(m) alone."""
-    T = len(curve) - 1
+def compare_schedules(bound: Likelihood) -> dict[str, list[dict]]:
+    """Upper bounds in nats/char of K-step schedules with random positions, K = 1, 2, 4, ..., T, from c(m) alone.
+
+    ci95 of a schedule by bootstrap over windows.
+    """
+    T = len(bound.curve) - 1
     budgets = [2**k for k in range(T.bit_length()) if 2**k < T] + [T]
-    rows = {
-        name: [(counts, schedule_bound(curve, counts)) for steps in budgets for counts in [SCHEDULES[name](T, steps)]]
+    priced = {
+        name: [(counts, schedule_bound(bound.curve, counts)) for K in budgets for counts in [SCHEDULES[name](T, K)]]
         for name in ("uniform", "cosine")
-    }
-    rows["optimal"] = best_schedules(curve, half_curves, budgets)
+    } | best_schedules(bound, budgets)
     return {
         name: [
-            {"steps": steps, "nfe": sum(n > 0 for n in counts), "nats_per_char": nats / T, "counts": counts}
-            for steps, (counts, nats) in zip(budgets, row, strict=True)
+            {
+                "steps": steps,
+                "nfe": sum(n > 0 for n in counts),
+                "nats_per_char": nats / T,
+                "ci95": finite(((nats - 1.96 * error) / T, (nats + 1.96 * error) / T)),
+                "counts": counts,
+            }
+            for steps, (counts, nats), error in zip(
+                budgets, rows, bootstrap_errors(bound, [counts for counts, _ in rows]), strict=True
+            )
         ]
-        for name, row in rows.items()
-        if row
+        for name, rows in priced.items()
     }
 
 
-def best_schedules(curve: Tensor, half_curves: Tensor, budgets: list[int]) -> list[tuple[list[int], float]]:
+def best_schedules(bound: Likelihood, budgets: list[int]) -> dict[str, list[tuple[list[int], float]]]:
     """The optimal schedule of each number of steps, and its bound in nats/window.
 
     A schedule priced on the very c(m) that chose it looks too good: it has picked the counts where c(m) came out low by
-    chance. So the saving over T steps is that of schedules chosen on half of the windows and priced on the other half.
+    chance. So what it costs beyond T steps is that of schedules chosen on every other window and priced on the rest.
+    Nothing if there are too few windows for that.
     """
-    if half_curves.isnan().any():  # hardly any windows: no honest choice can be made
-        return []
-    a, b = half_curves
+    a, b = (curve_of(*(x[half::2] for x in bound.draws)) for half in range(2))
+    if (a + b).isnan().any():
+        return {}
+    chosen = optimal_schedules(monotone(bound.curve))
     halves = [(optimal_schedules(monotone(chooser)), pricer) for chooser, pricer in ((a, b), (b, a))]
-    chosen = optimal_schedules(monotone(curve))
     extra = [
-        sum(schedule_bound(pricer, schedules[steps - 1]) - float(pricer.sum()) for schedules, pricer in halves) / 2
-        for steps in budgets
+        sum(schedule_bound(pricer, schedules[K - 1]) - float(pricer.sum()) for schedules, pricer in halves) / 2
+        for K in budgets
     ]
-    return [(chosen[steps - 1], float(curve.sum()) + nats) for steps, nats in zip(budgets, extra, strict=True)]
+    total = float(bound.curve.sum())
+    return {"optimal": [(chosen[K - 1], total + nats) for K, nats in zip(budgets, extra, strict=True)]}
+
+
+def bootstrap_errors(bound: Likelihood, schedules: list[list[int]], resamples: int = 200) -> list[float]:
+    """Standard errors of `schedule_bound` for each schedule, nats/window: windows drawn with replacement, again and
+    again; resamples that miss a count are left out. NaN for fewer than two windows."""
+    generator, N = torch.Generator().manual_seed(0), len(bound.draws[0])
+    values = []
+    for _ in range(resamples if N > 1 else 0):
+        some = torch.randint(N, (N,), generator=generator)
+        curve = curve_of(*(x[some] for x in bound.draws))
+        if not curve.isnan().any():
+            values.append([schedule_bound(curve, counts) for counts in schedules])
+    return torch.tensor(values).std(0).tolist() if len(values) > 1 else [math.nan] * len(schedules)
 
 
 def compare_policies(
@@ -129,10 +160,10 @@ def compare_policies(
     some = torch.linspace(0, N - 1, min(N, limit)).long()
     known = reference.window_nats[:N] / T
     x = known[some] - known.mean()
-    centred = x - x.mean()
+    centred, size = x - x.mean(), batch_size(windows)
     rows = []
     for policy in policies:
-        result, nfe = policy_likelihood(model, windows[some.to(windows.device)], policy, MASK_ID, tick=tick)
+        result, nfe = policy_likelihood(model, windows[some.to(windows.device)], policy, MASK_ID, size, tick)
         nats = result.window_nats / T
         adjusted = nats - x * (centred * nats).sum() / centred.square().sum().clamp(min=1e-12)
         mean, half = float(adjusted.mean()), 1.96 * standard_error(adjusted, torch.ones(len(some)))
@@ -175,7 +206,8 @@ def compare_estimators(model: Transformer, windows: Tensor, seed: int, repeats: 
     with progress(repeats, "compare estimators") as update:
         for i in range(repeats):
             plain.append(uniform_t_bound(model, windows, MASK_ID, 2, generator))
-            paired.append(likelihood_bound(model, [windows], MASK_ID, pairs, generator=generator).nats_per_char)
+            bound = likelihood_bound(model, [windows], MASK_ID, pairs, batch_size(windows), generator)
+            paired.append(bound.nats_per_char)
             update(i + 1, "")
     plain, paired = torch.tensor(plain).double(), torch.tensor(paired).double()
     per_evaluation = plain.var() * 2, paired.var() * (2 * pairs + 1 / N)

@@ -32,21 +32,25 @@ class Likelihood:
     """Negative log-likelihood of N windows in nats; `is_bound`: an upper bound, else exact.
 
     `token_nats` (N, T) is each character's share (0 beyond a window's end), `window_nats` (N,) each window's total,
-    `lengths` (N,) its characters. Only the bound has `curve` (T + 1,), c(m) with c(0) = 0, and `half_curves`
-    (2, T + 1), the same from every other window: what is chosen on one half can be priced on the other.
+    `lengths` (N,) its characters. Only the bound has `draws`, what it was made of, see `curve_of`; its `curve` is the
+    masking curve (T + 1,), c(m) with c(0) = 0.
     """
 
     token_nats: Tensor
     window_nats: Tensor
     lengths: Tensor
     is_bound: bool
-    curve: Tensor | None = None
-    half_curves: Tensor | None = None
+    draws: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def nats_per_char(self) -> float:
         """Total nats over total characters: every character counts once, whatever its window's length."""
         return float(self.window_nats.sum() / self.lengths.sum())
+
+    @property
+    def curve(self) -> Tensor:
+        """c(m) of all windows (of the first length)."""
+        return curve_of(*self.draws)
 
     @property
     def ci95(self) -> tuple[float, float]:
@@ -64,15 +68,14 @@ class Likelihood:
 
     @classmethod
     def join(cls, parts: list["Likelihood"]) -> "Likelihood":
-        """Windows of several lengths as one; the curves are those of the first part."""
+        """Windows of several lengths as one; the curve is that of the first part."""
         T = max(part.token_nats.shape[1] for part in parts)
         return cls(
             torch.cat([torch.nn.functional.pad(part.token_nats, (0, T - part.token_nats.shape[1])) for part in parts]),
             torch.cat([part.window_nats for part in parts]),
             torch.cat([part.lengths for part in parts]),
             parts[0].is_bound,
-            parts[0].curve,
-            parts[0].half_curves,
+            parts[0].draws,
         )
 
 
@@ -123,22 +126,21 @@ def bound_from_masks(
     all_masked = torch.full_like(windows[:1], mask_token_id)
     hidden = losses(predict, all_masked, windows)  # (N, T)
     token_nats = hidden / T
-    means = torch.empty(N * K, dtype=torch.float64)  # mean CE of each mask
+    means = torch.empty(N, K, dtype=torch.float64)  # mean CE of each mask
     flat_masks, flat_counts = masks.flatten(0, 1), counts.flatten()
     for start in range(0, N * K, batch_size):
         rows = torch.arange(start, min(start + batch_size, N * K))
         mask, targets, m = flat_masks[rows].to(windows.device), windows[rows // K], flat_counts[rows]
         ce = losses(predict, targets.masked_fill(mask, mask_token_id), targets)  # (b, T)
         ce = ce.masked_fill(~mask.cpu(), 0.0)
-        means[rows] = ce.sum(1) / m
+        means.view(-1)[rows] = ce.sum(1) / m
         token_nats.index_add_(0, rows // K, ce * (N / (m * drawn[m]).double())[:, None])
         tick(len(rows))
-    curve = curve_of(counts, means.view(N, K), hidden)
-    others = (drawn / (drawn - 1).clamp(min=1))[flat_counts]  # turns x - mean into x - mean of the others
-    special = ((means - curve[flat_counts]) * others).view(N, K).sum(1) / max(K, 1)
+    curve = curve_of(counts, means, hidden)
+    others = (drawn / (drawn - 1).clamp(min=1))[counts]  # turns x - mean into x - mean of the others
+    special = ((means - curve[counts]) * others).sum(1) / max(K, 1)
     window_nats = hidden.mean(1) + curve[1:T].sum() + (T - 1) * special
-    halves = torch.stack([curve_of(counts[i::2], means.view(N, K)[i::2], hidden[i::2]) for i in range(2)])
-    return Likelihood(token_nats, window_nats, torch.full((N,), T), True, curve, halves)
+    return Likelihood(token_nats, window_nats, torch.full((N,), T), True, (counts, means, hidden))
 
 
 def curve_of(counts: Tensor, means: Tensor, hidden: Tensor) -> Tensor:

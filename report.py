@@ -128,9 +128,16 @@ def steps(metrics: dict) -> list[str]:
         "![Loss against network evaluations](likelihood_against_nfe.png)",
         table(["nats/char in K steps", *map(str, budgets)], rows),
         "Schedules reveal positions in random order (bounds); orders choose them from what is visible (exact). "
-        "The optimal schedule is chosen on one half of the windows and priced on the other."
+        "The optimal schedule is chosen on one half of the windows and priced on the other. The widest 95 % interval "
+        f"is {widest(schedules.values())} either way for schedules and {widest([metrics['policies']])} for orders."
         + (f" At their own pace (nats/char in evaluations a text): {words}." if words else ""),
     ]
+
+
+def widest(groups) -> str:
+    """Half the width of the widest interval of any row of any group."""
+    widths = [(row["ci95"][1] - row["ci95"][0]) / 2 for rows in groups for row in rows if row["ci95"]]
+    return fixed(max(widths), 3) if widths else "unknown"
 
 
 def where(metrics: dict) -> list[str]:
@@ -195,8 +202,9 @@ def quality(metrics: dict) -> list[str]:
         table(header, body),
         f"{rows[0]['texts']} texts of {metrics['window']} characters of each kind, temperature 1, nothing truncated. "
         "Bits and entropy are in bits/char (under LLaDA, an upper bound); then the share of words that occur in the "
-        "training text, the share of spans of 8 characters that differ, and the longest span copied from the training "
-        "text, in characters. What good writing scores is the validation text's row, not the lowest figure.",
+        f"training text (its first {metrics['words_from']:,} characters, whence the n-grams too), the share of spans "
+        "of 8 characters that differ, and the longest span copied from the training text, in characters. What good "
+        "writing scores is the validation text's row, not the lowest figure.",
         closest(rows),
     ]
 

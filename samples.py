@@ -49,13 +49,15 @@ def write_gpt(model: Transformer, prompts: list[Tensor], T: int, seed: int, tick
 
 # ------------------------------------------------------------------------------------------------- quality
 class Yardsticks:
-    """What texts are held against: the models, an n-gram model and the words of the training text."""
+    """What texts are held against: the models, the training text, and the n-grams and words of some or all of it."""
 
-    def __init__(self, models: dict[str, Transformer], tokenizer: SimpleTokenizer, train_ids: Tensor, seed: int):
+    def __init__(
+        self, models: dict[str, Transformer], tokenizer: SimpleTokenizer, train: Tensor, part: Tensor, seed: int
+    ):
         self.models, self.tokenizer, self.seed = models, tokenizer, seed
-        self.train = train_ids.numpy()
-        self.ngram = NGramModel(self.train, tokenizer.vocab_size)
-        self.vocabulary = set(words(f" {tokenizer.decode(self.train)} "))
+        self.train = train.numpy()
+        self.ngram = NGramModel(part.numpy(), tokenizer.vocab_size)
+        self.vocabulary = set(words(f" {tokenizer.decode(part.numpy())} "))
 
     def measure(self, texts: Tensor, tick: Tick) -> dict:
         """All measures of texts (N, T). bits/char: exact under GPT and the n-grams, an upper bound under LLaDA.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import MASK, TablePredictor, all_strings
 
 import console
 import evaluate
@@ -210,14 +211,25 @@ def test_paired_difference_by_hand():
 
 
 def test_optimal_schedules_are_priced_on_windows_that_did_not_choose_them():
-    """Two halves whose cheap counts are noise: the optimum gains nothing over all steps on average."""
+    """Where c(m) is noise around a constant no schedule is better than another: the chosen ones gain nothing, and the
+    interval of T steps is that of the bound itself. With a single window nothing can be priced apart."""
     generator = torch.Generator().manual_seed(0)
-    halves = torch.rand(2, 9, generator=generator, dtype=torch.float64)
-    halves[:, 0] = 0
-    rows = compare_schedules(halves.mean(0), halves)["optimal"]
-    bound = float(halves.mean(0).sum()) / 8
-    assert rows[-1]["nats_per_char"] == pytest.approx(bound)
-    assert compare_schedules(halves.mean(0), torch.full((2, 9), torch.nan)).keys() == {"uniform", "cosine"}
+    predict, windows = TablePredictor(), all_strings()[torch.randint(81, (300,), generator=generator)]
+    bound = likelihood_bound(predict, [windows], MASK, 2, generator=generator)
+    rows = compare_schedules(bound)
+    assert [row["counts"] for row in rows["optimal"]][-1] == [1, 1, 1, 1]
+    for row in (rows["uniform"][-1], rows["optimal"][-1]):
+        assert row["nats_per_char"] == pytest.approx(bound.nats_per_char, rel=1e-9)
+        assert row["ci95"] == pytest.approx(bound.ci95, abs=0.25 * (bound.ci95[1] - bound.ci95[0]))
+    counts, means, hidden = bound.draws
+    noise = torch.randn(means.shape, generator=generator, dtype=torch.float64)
+    bound.draws = counts, 1 + noise, torch.ones_like(hidden)
+    for row in compare_schedules(bound)["optimal"]:
+        assert row["nats_per_char"] - bound.curve.mean() * 5 / 4 >= -0.1
+    alone = likelihood_bound(predict, [windows[:1]], MASK, 2, generator=generator)
+    rows = compare_schedules(alone)
+    assert "optimal" not in rows
+    assert rows["uniform"][0]["ci95"] is None
 
 
 def entry(nats: float, half: float, is_bound: bool) -> dict:
