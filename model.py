@@ -82,14 +82,14 @@ def attention_mask(T: int, offset: int, pad: Tensor | None, causal: bool, device
 class KeyValueCache:
     """What a causal model remembers of the columns it has read, preallocated: nothing is concatenated in the loop.
 
-    `keys`, `values` are (L, B, H, max_len, D); `inputs` (L, B, K-1, C) the last inputs of each layer's convolution;
+    `keys`, `values`: L times (B, H, max_len, D); `inputs` (L, B, K-1, C) the last inputs of each layer's convolution;
     `tokens` (B, REACH) the last tokens, for the n-grams; `length` columns are filled, left padding included.
     """
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_len: int, device="cpu", dtype=torch.float32):
         L, H, D = config.n_layer, config.n_head, config.n_embd // config.n_head
-        self.keys = torch.zeros(L, batch_size, H, max_len, D, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        self.keys = [torch.zeros(batch_size, H, max_len, D, device=device, dtype=dtype) for _ in range(L)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.inputs = torch.zeros(L, batch_size, TAPS - 1, config.n_embd, device=device, dtype=dtype)
         self.tokens = torch.zeros(batch_size, REACH, device=device, dtype=torch.long)
         self.length = 0
@@ -97,20 +97,22 @@ class KeyValueCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values after the `length` known ones; return all of them, (B, H, S, D)."""
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = self.keys[layer].narrow(2, 0, end), self.values[layer].narrow(2, 0, end)
+        keys.narrow(2, self.length, k.shape[2]).copy_(k)
+        values.narrow(2, self.length, v.shape[2]).copy_(v)
+        return keys, values
 
     def reorder(self, rows: Tensor, shared: int = 0) -> None:
         """Row b becomes a copy of row rows[b] (beam search); there may be more rows than before, or fewer.
 
         Columns below `shared` are the same in all rows already and stay where they are.
         """
-        if len(rows) != self.keys.shape[1]:
-            self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        else:
-            for stored in (self.keys, self.values):
-                stored[:, :, :, shared : self.length] = stored[:, rows, :, shared : self.length]
+        for stored in (self.keys, self.values):
+            for layer, x in enumerate(stored):
+                if len(rows) != len(x):
+                    stored[layer] = x[rows]
+                else:
+                    x[:, :, shared : self.length] = x[rows, :, shared : self.length]
         self.inputs, self.tokens = self.inputs[:, rows], self.tokens[rows]
 
     def clear(self) -> None:
@@ -180,6 +182,8 @@ class NeighbourConvolution(nn.Module):
         if before is not None:
             x, padding = torch.cat([before, x], dim=1), 0
             before.copy_(x[:, T:])
+            if T == 1:  # one window: a product is all there is to do
+                return (x * self.weight.T).sum(1, keepdim=True)
         # A channels-last image one pixel high: the fastest depthwise convolution CPUs have.
         x = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
         x = F.conv2d(x, self.weight[:, None, None], padding=(0, padding), groups=C)
