@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import race
+import throughput
 from console import number, run, say
 from frontier import crossing, frontier
 from model import MODELS
@@ -91,6 +92,11 @@ def bench_crossing(args: argparse.Namespace) -> Iterator[Row]:
     return crossing(seconds, rounds=3 if args.quick else 7)
 
 
+def bench_generate(args: argparse.Namespace) -> Iterator[Row]:
+    """GPT's characters/s: cached against recomputed, sliding in steps, beams, int8 (loss: the trained GPT in out/)."""
+    return throughput.compare(alternate, 3 if args.quick else 9, args.quick)
+
+
 def bench_train(args: argparse.Namespace) -> Iterator[Row]:
     """Trainings in pairs: rotary against vanilla, Muon against AdamW, compiled against eager."""
     yield from race.compare(args)
@@ -113,6 +119,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "train": bench_train,
     "budget": bench_budget,
     "muon": bench_muon,
+    "generate": bench_generate,
     "sample": bench_sample,
     "crossing": bench_crossing,
 }
