@@ -37,6 +37,7 @@ def policies(T: int) -> dict[str, UnmaskingPolicy]:
         "left to right, one at a time": UnmaskingPolicy(T, "left"),
         "most confident, one at a time": UnmaskingPolicy(T, "confidence"),
         "strided, one at a time": UnmaskingPolicy(T, "strided"),
+        **{f"sweep, {T // K} at a time": UnmaskingPolicy(K, "sweep") for K in (T // 4, T // 8, T // 16, T // 32)},
         **{f"strided, {T // K} at a time": UnmaskingPolicy(K, "strided") for K in (T // 8, T // 16, T // 32)},
         **{f"random, {T // K} at a time": UnmaskingPolicy(K, "random") for K in (T // 8, T // 16)},
         **{f"most confident, {T // K} at a time": UnmaskingPolicy(K, "confidence") for K in (T // 4, T // 16)},
@@ -151,7 +152,7 @@ SIZES = {"0.8 M": {"n_layer": 4, "n_embd": 128, "n_head": 4}, "10.7 M": {"n_laye
 
 
 def crossing(seconds: Seconds, rounds: int, lengths: tuple[int, ...] = (32, 64, 128, 256)) -> Iterator[tuple]:
-    """Rows of the table: characters/s of LLaDA (strided, 16 and 8 evaluations) and GPT (cached), in alternation.
+    """Rows of the table: characters/s of LLaDA (sweep, 16 and 8 evaluations) and GPT (cached), in alternation.
 
     Untrained networks: what is drawn does not change what it costs.
     """
@@ -163,7 +164,7 @@ def crossing(seconds: Seconds, rounds: int, lengths: tuple[int, ...] = (32, 64, 
         for B in BATCHES:
             for T in lengths:
                 writers = [partial(gpt_texts, gpt, T, B)]
-                writers += [partial(write_texts, llada, UnmaskingPolicy(K, "strided"), T, B) for K in (16, 8)]
+                writers += [partial(write_texts, llada, UnmaskingPolicy(K, "sweep"), T, B) for K in (16, 8)]
                 times = [[seconds(writer) for writer in writers] for _ in range(rounds + 1)][1:]  # the first warms up
                 rates = [B * T / statistics.median(column) for column in zip(*times, strict=True)]
                 ratios = [f"{rate / rates[0]:.2f}x" for rate in rates[1:]]

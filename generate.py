@@ -51,7 +51,7 @@ def add_llada_flags(parser: argparse.ArgumentParser) -> set[str]:
     actions = [
         add("--infill", metavar="TEMPLATE", help='fill the holes of a text: "ROMEO: [MASK*12] love [MASK*20]"'),
         add("--steps", type=POSITIVE_INT, metavar="K", help="network evaluations a window, at most"),
-        add("--order", choices=ORDERS, help="which characters are written first (default: strided)"),
+        add("--order", choices=ORDERS, help="which characters are written first (default: sweep)"),
         add("--schedule", type=schedule, metavar="S", help=f"how many a step: {', '.join(SCHEDULES)}, or 8,8,16"),
         rule("--threshold", type=number(float, low=0, high=1), metavar="P", help="... and all that are so sure"),
         rule("--factor", type=number(float, low=0), metavar="F", help="... and what Fast-dLLM's factor rule allows"),

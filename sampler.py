@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drawing import draw, noise, penalize_repetition, probabilities, row_generators
-from unmasking import Candidates, Due, Plan, UnmaskingPolicy, left_padding
+from unmasking import STRATA, Candidates, Due, Plan, UnmaskingPolicy, left_padding
 
 MASK_ID = 1  # with this [MASK], ids 0, 1, 2 are [PAD], [MASK], [START]: this project's vocabulary
 Predict = Callable[[Tensor], Tensor]  # (B, T) -> (B, T, V), row by row
@@ -176,8 +176,8 @@ def reverse_process(
         raise ValueError(f"tokens must be of shape (B, T), got {tuple(tokens.shape)}")
     if remask is not None and remask not in REMASKERS:
         raise ValueError(f"remask must be one of {', '.join(REMASKERS)}, got {remask!r}")
-    if remask is not None and order == "strided":
-        raise ValueError("the strided order writes each stratum once: it does not go with remask")
+    if remask is not None and order in STRATA:
+        raise ValueError(f"the {order} order writes each stratum once: it does not go with remask")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is a probability, got {eta}")
     if not repetition_penalty > 0:

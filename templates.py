@@ -18,9 +18,9 @@ from drawing import row_generators
 from model import LLaDAModel
 from sampler import Step, reverse_process
 from tokenizer import END_ID, MASK_ID, PAD_ID, SimpleTokenizer
-from unmasking import left_padding
+from unmasking import STRATA, left_padding
 
-STRIDE = 8  # characters written together are so far apart, and a window costs so many network evaluations
+STRIDE = 16  # characters written together are so far apart, and a window costs so many network evaluations
 HOLE = re.compile(r"\[MASK(?:\*(\d+))?\]")
 
 
@@ -112,14 +112,14 @@ def write(
 
 
 def defaults(sampling: dict) -> dict:
-    """This project's way of writing, where nothing else is asked for: strided, STRIDE evaluations a window.
+    """This project's way of writing, where nothing else is asked for: a sweep of STRIDE evaluations a window.
 
     An adaptive rule, a schedule or remasking goes with LLaDA's order instead, and other orders write one at a time.
     """
     others = ("schedule", "threshold", "factor", "entropy_bound", "remask")
-    order = "confidence" if any(sampling.get(name) is not None for name in others) else "strided"
+    order = "confidence" if any(sampling.get(name) is not None for name in others) else "sweep"
     order = sampling.get("order", order)
-    return {"temperature": 1.0, "order": order, "steps": STRIDE if order == "strided" else None} | sampling
+    return {"temperature": 1.0, "order": order, "steps": STRIDE if order in STRATA else None} | sampling
 
 
 def slide_over(

@@ -26,7 +26,7 @@ class Candidates:
     """The masked positions that may be revealed now. `p` and `confidence` are None for orders that need no network."""
 
     where: Tensor  # (B, T) bool, true N times: the current block of each row
-    stratum: Tensor  # (B, T) the step at which the strided order writes a position
+    stratum: Tensor  # (B, T) the step at which the sweep and the strided order write a position
     generators: list[torch.Generator] | None = None  # one a row
     p: Tensor | None = None  # (N, V) float64 probabilities of the network, row-major as in `where`
     confidence: Tensor | None = None  # (N,) probability of the token that would be written
@@ -58,8 +58,8 @@ def left_order(candidates: Candidates) -> Tensor:
     return -candidates.where.nonzero()[:, 1].double()
 
 
-def strided_order(candidates: Candidates) -> Tensor:
-    """By stratum (see `strata`), left to right inside one."""
+def stratum_order(candidates: Candidates) -> Tensor:
+    """By stratum (see STRATA), left to right inside one."""
     T = candidates.where.shape[1]
     return -candidates.stratum[candidates.where].double() - candidates.where.nonzero()[:, 1].double() / T
 
@@ -70,9 +70,10 @@ ORDERS: dict[str, Callable[[Candidates], Tensor]] = {
     "margin": margin_order,
     "entropy": entropy_order,
     "left": left_order,
-    "strided": strided_order,
+    "strided": stratum_order,
+    "sweep": stratum_order,
 }
-BLIND_ORDERS = ("random", "left", "strided")  # they do not look at the network's output
+BLIND_ORDERS = ("random", "left", "strided", "sweep")  # they do not look at the network's output
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -81,16 +82,25 @@ def entropy(p: Tensor) -> Tensor:
 
 
 @lru_cache
-def strata(steps: int) -> tuple[int, ...]:
-    """The step at which the j-th masked position is written is strata(S)[j mod S]: bit reversal.
+def bit_reversal(steps: int) -> tuple[int, ...]:
+    """Each step halves the gaps that the steps before it left.
 
-    Positions written together are S apart, and each step halves the gaps the steps before it left: characters that
-    stand far apart hardly depend on each other. If S is no power of two, the residues keep the order of their reversed
-    bits. strata(8) -> (0, 4, 2, 6, 1, 5, 3, 7); strata(6) -> (0, 3, 2, 5, 1, 4).
+    If S is no power of two, the residues keep the order of their reversed bits.
+    bit_reversal(8) -> (0, 4, 2, 6, 1, 5, 3, 7); bit_reversal(6) -> (0, 3, 2, 5, 1, 4).
     """
     bits = (steps - 1).bit_length()
     residues = sorted(range(steps), key=lambda r: int(f"{r:0{bits}b}"[::-1], 2))
     return tuple(sorted(range(steps), key=residues.__getitem__))
+
+
+def in_turn(steps: int) -> tuple[int, ...]:
+    """A pen at every S-th position, all moving on to the right together: each character's left neighbours are known."""
+    return tuple(range(steps))
+
+
+# S -> the step at which the j-th masked position is written, by j mod S. Positions written together are S apart:
+# characters that stand far apart hardly depend on each other. So S evaluations do, whatever the length of the text.
+STRATA: dict[str, Callable[[int], tuple[int, ...]]] = {"strided": bit_reversal, "sweep": in_turn}
 
 
 # ------------------------------------------------------------------------------------------------- how many
@@ -197,8 +207,8 @@ class UnmaskingPolicy:
         rules = [name for name in RULES if getattr(self, name) is not None]
         if len(rules) > 1:
             raise ValueError(f"{' and '.join(rules)} decide the same thing: give one of them")
-        if self.order == "strided" and self.schedule != "uniform":
-            raise ValueError("the strided order has its own schedule, one stratum a step: leave schedule out")
+        if self.order in STRATA and self.schedule != "uniform":
+            raise ValueError(f"the {self.order} order has its own schedule, one stratum a step: leave schedule out")
         if self.schedule == "ancestral" and (self.order != "random" or rules):
             raise ValueError("the ancestral schedule goes with order random and no adaptive rule")
         if not isinstance(self.schedule, str) and self.steps not in (None, len(self.schedule)):
@@ -244,8 +254,9 @@ class UnmaskingPolicy:
 
     def counts(self, size: int, steps: int) -> tuple[list[int], Tensor]:
         """How many of a block's `size` positions are revealed at each step, and the stratum (size,) of each."""
-        if self.order == "strided":
-            stratum = torch.tensor([strata(steps)[j % steps] for j in range(size)])
+        if self.order in STRATA:
+            step_of = STRATA[self.order](steps)
+            stratum = torch.tensor([step_of[j % steps] for j in range(size)])
             return stratum.bincount(minlength=steps).tolist(), stratum
         counts = SCHEDULES[self.schedule](size, steps) if isinstance(self.schedule, str) else list(self.schedule)
         if sum(counts) != size:

@@ -8,7 +8,7 @@ import torch
 
 from model import LLaDAConfig, LLaDAModel
 from sampler import reverse_process
-from unmasking import ORDERS, UnmaskingPolicy, entropy_bound_rule, factor_rule, strata, threshold_rule
+from unmasking import ORDERS, UnmaskingPolicy, bit_reversal, entropy_bound_rule, factor_rule, threshold_rule
 
 M, V, T = 3, 3, 4  # the toy: [MASK] is 3, three tokens, four positions
 
@@ -190,6 +190,7 @@ STRATEGIES = {
         {"order": "strided", "steps": 2},
         by_positions(lambda row, k: [([[0, 2], [1, 3]][k], 1.0)]),
     ),
+    "sweep": ({"order": "sweep", "steps": 3}, by_positions(lambda row, k: [([[0, 3], [1], [2]][k], 1.0)])),
     "margin": ({"order": "margin", "steps": 2}, by_positions(lambda row, k: best(row, 2, margin))),
     "entropy": ({"order": "entropy", "steps": 2}, by_positions(lambda row, k: best(row, 2, negative_entropy))),
     "confidence": ({"order": "confidence", "steps": 2}, by_drawn_tokens(lambda confidences, k: 2)),
@@ -326,13 +327,14 @@ def test_a_finished_row_is_not_computed():
     assert (predict.calls, predict.rows) == (6, 7)
 
 
-def test_strided_writes_positions_that_are_far_apart():
-    assert [strata(s) for s in (1, 2, 4, 8)] == [(0,), (0, 1), (0, 2, 1, 3), (0, 4, 2, 6, 1, 5, 3, 7)]
-    assert sorted(strata(6)) == list(range(6))
-    steps = list(reverse_process(Mixing(0), torch.full((1, 50), 1), 1, order="strided", steps=8))
-    assert len(steps) == steps[-1].nfe == 8
-    for step, first in zip(steps, (0, 4, 2, 6, 1, 5, 3, 7), strict=True):
-        assert step.committed[0].nonzero()[:, 0].tolist() == list(range(first, 50, 8))
+def test_strided_and_sweep_write_positions_that_are_far_apart():
+    assert [bit_reversal(s) for s in (1, 2, 4, 8)] == [(0,), (0, 1), (0, 2, 1, 3), (0, 4, 2, 6, 1, 5, 3, 7)]
+    assert sorted(bit_reversal(6)) == list(range(6))
+    for order, firsts in {"strided": (0, 4, 2, 6, 1, 5, 3, 7), "sweep": range(8)}.items():
+        steps = list(reverse_process(Mixing(0), torch.full((1, 50), 1), 1, order=order, steps=8))
+        assert len(steps) == steps[-1].nfe == 8
+        for step, first in zip(steps, firsts, strict=True):
+            assert step.committed[0].nonzero()[:, 0].tolist() == list(range(first, 50, 8))
 
 
 def test_temperature_changes_the_tokens():
