@@ -94,7 +94,7 @@ class Run:
         """Go on where `checkpoint` stopped. Raises ValueError if the corpus is another text now."""
         known = checkpoint.corpus
         if corpus.sha256 != known["sha256"]:
-            raise ValueError(f"{corpus.name} is not the text {checkpoint.path} was trained on: restore it, or use --data")
+            raise ValueError(f"{corpus.name} is not the text of {checkpoint.path}: restore it, or find it with --data")
         training = checkpoint.training
         self = cls(checkpoint.model.train(), corpus, known["val_fraction"], settings, processes)
         self.step, self.history, self.seconds = checkpoint.step, checkpoint.history, training["seconds"]

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 
 import console
-from autoregressive import causal_inputs, compute_gpt_loss, exact_nll
+from autoregressive import causal_inputs, compute_gpt_loss
 from checkpoint import load_checkpoint
 from console import POSITIVE_INT, deferred_interrupt, number, progress, say
 from data import load_corpus, validation_windows
 from diffusion import compute_llada_loss, density_of_t, forward_process, sample_t
-from likelihood import Likelihood, likelihood_bound
-from model import CONFIGS, ENCODERS, MODELS, Transformer
+from examine import score
+from likelihood import Likelihood
+from model import CONFIGS, ENCODERS, MODELS
 from optim import learning_rate_factor, set_learning_rate
 from parallel import Processes
 from run import Keeper, Run, Settings
-from tokenizer import MASK_ID, START_ID, SimpleTokenizer
+from tokenizer import MASK_ID, START_ID
 
-FINAL_CHARS = 1 << 18  # scored at the end: all of TinyShakespeare's validation part
+FINAL_CHARS = 1 << 18  # scored at the end: all of TinyShakespeare's validation part,
+FINAL_PAIRS = 2  # each window of LLaDA's under so many pairs of masks
 T_POWER = 2.0  # t = u^2: lightly masked windows are the noisy ones (a token weighs 1/t), so draw them more often
 PRESETS = {
     "laptop": {"n_layer": 4, "n_head": 2, "block_size": 128, "batch_size": 16, "minutes": 2.75},
@@ -139,23 +141,25 @@ def train_loop(
 
 
 # ------------------------------------------------------------------------------------------------- what came of it
-def score(model: Transformer, ids: Tensor, tokenizer: SimpleTokenizer, max_chars: int | None = None) -> Likelihood:
-    """Negative log-likelihood of `ids` in windows of block_size: exact for GPT, a bound with interval for LLaDA.
+def score_validation(run: Run) -> Likelihood:
+    """Exact (GPT) or bound (LLaDA) on the whole validation part, or on FINAL_CHARS evenly spaced characters of it."""
+    windows = validation_windows(run.val_ids, run.model.config.block_size, run.corpus.tokenizer, FINAL_CHARS)
+    windows, read = [part.to(run.processes.device) for part in windows], 0
+    with progress(len(windows[0]) * (1 if run.model.causal else 2 * FINAL_PAIRS), "validate") as update:
 
-    Every character counts once; beyond max_chars, evenly spaced windows of that many are taken.
-    """
-    device = next(model.parameters()).device
-    windows = [part.to(device) for part in validation_windows(ids, model.config.block_size, tokenizer, max_chars)]
-    if model.name == "gpt":
-        return Likelihood.exact([exact_nll(model, part, START_ID).cpu() for part in windows])
-    return likelihood_bound(model, windows, MASK_ID, pairs=2, generator=torch.Generator().manual_seed(0))
+        def tick(count: int) -> None:
+            nonlocal read
+            read += count
+            update(read, "")
+
+        return score(run.model.eval(), windows, FINAL_PAIRS, 0, tick)
 
 
 def summarize(run: Run, steps: int, seconds: float) -> dict:
     """What the run cost and came to. Speed is that of the last `steps` steps, which took `seconds`."""
     params, flops_per_token = run.model.num_parameters(), run.model.flops_per_token()
     tokens, recent = run.step * run.tokens_per_step, steps * run.tokens_per_step
-    result = score(run.model.eval(), run.val_ids, run.corpus.tokenizer, FINAL_CHARS)
+    result = score_validation(run)
     return {
         "params": params,
         "tokens": tokens,

@@ -12,12 +12,13 @@ import torch
 from conftest import ROOT, TINY
 
 from checkpoint import load_checkpoint
-from data import load_corpus
+from data import load_corpus, validation_windows
+from examine import score
 from model import CONFIGS, MODELS
 from parallel import Processes
 from run import Run, Settings
 from tokenizer import MASK_ID
-from train import compute_loss, make_batch, score, train_loop, train_step
+from train import compute_loss, make_batch, train_loop, train_step
 
 
 def weights(path) -> dict:
@@ -211,7 +212,9 @@ def test_training_learns(command, corpus_file, tmp_path):
         train_ids, val_ids = corpus.split(0.2)
         frequencies = torch.bincount(train_ids.long()).float() / len(train_ids)
         unigram = -frequencies[val_ids.long()].clamp(min=1e-9).log().mean().item()
-        assert score(checkpoint.model, val_ids, corpus.tokenizer).nats_per_char < 0.6 * unigram
+        windows = validation_windows(val_ids, 16, corpus.tokenizer)
+        result = score(checkpoint.model, windows, pairs=2, seed=0, tick=lambda windows: None)
+        assert result.nats_per_char < 0.6 * unigram
 
 
 @pytest.mark.parametrize(
