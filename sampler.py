@@ -59,7 +59,7 @@ def remask_conf(due: Due, eta: float, confidence: Tensor) -> Tensor:
 
 
 def remask_loop(due: Due, eta: float, confidence: Tensor) -> Tensor:
-    """As `cap` while time stands still (see `loop_times`), else nothing."""
+    """As `cap` while time stands still (see `loop_steps`), else nothing."""
     return remask_cap(due, eta, confidence) if due.t == due.s else torch.zeros_like(confidence)
 
 
@@ -75,9 +75,11 @@ LOOP_ON, LOOP_OFF, LOOP_MASKED = 0.55, 0.05, 0.1  # ReMDM's t_on, t_off and 1 - 
 
 
 def loop_steps(steps: list[Due], size: int) -> list[Due]:
-    """ReMDM-loop's time: as many steps for a block of `size`, the first 45 % of them down to a tenth masked, the last
-    5 % (at least one) from there to none, and the rest standing still."""
+    """ReMDM-loop's time for a block of `size`: 45 % of the steps down to a tenth masked, the last 5 % (at least one)
+    from there to none, and those between standing still. Fewer than three steps leave no time for that."""
     K = len(steps)
+    if K < 3:
+        return steps
     first, last = max(1, round(K * (1 - LOOP_ON))), max(1, round(K * LOOP_OFF))
     shares = [1 - (1 - LOOP_MASKED) * k / first for k in range(first)] + [LOOP_MASKED] * max(K - first - last + 1, 1)
     shares += [LOOP_MASKED * (1 - k / last) for k in range(1, last)] + [0.0]
