@@ -60,7 +60,7 @@ def forced(policy: UnmaskingPolicy, generator: torch.Generator) -> Policy:
     return choose
 
 
-def frontier(seconds: Seconds, windows: int, rounds: int, lengths: tuple[int, ...] = (128, 256)) -> Iterator[tuple]:
+def frontier(seconds: Seconds, windows: int, rounds: int, lengths: tuple[int, ...]) -> Iterator[tuple]:
     """Rows of the table: policy, evaluations, bits/char and its distance from the first policy, wall time.
 
     Quality on `windows` windows of the validation text, teacher-forced (LLaDA and GPT: the same windows). Times are
