@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import race
 import throughput
-from console import number, run, say
+from console import Parser, number, run, say
 from frontier import crossing, frontier
 from model import MODELS
 
@@ -126,7 +126,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed, measured in pairs that alternate in one run.")
+    parser = Parser(description="Speed, measured in pairs that alternate in one run.")
     subparsers = parser.add_subparsers(dest="bench", required=True, metavar="|".join(BENCHES))
     for name, bench in BENCHES.items():
         subparser = subparsers.add_parser(name, help=bench.__doc__.splitlines()[0], description=bench.__doc__)

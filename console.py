@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 def say(*words) -> None:
@@ -38,6 +39,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except ValueError as error:
         say(f"{program}: error: {error}")
+        sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line: what is wrong, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"{self.prog}: error: {message} (see --help)")
         sys.exit(2)
 
 

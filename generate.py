@@ -10,7 +10,7 @@ import torch
 
 from chat import chat
 from checkpoint import load_checkpoint, newest_checkpoint
-from console import POSITIVE_INT, number, run, say
+from console import POSITIVE_INT, Parser, number, run, say
 from model import MODELS
 from sampler import REMASKERS
 from templates import HOLE, first_mask, infill, parse_template, prompt_template, write
@@ -90,7 +90,7 @@ def add_gpt_flags(parser: argparse.ArgumentParser, modes: argparse._MutuallyExcl
 
 def parse_args() -> tuple[dict, dict[str, set[str]]]:
     """The flags that were given, by name, and for each model the names of those that are not for it."""
-    parser = argparse.ArgumentParser(description="Write text with a trained model.", argument_default=argparse.SUPPRESS)
+    parser = Parser(description="Write text with a trained model.", argument_default=argparse.SUPPRESS)
     add_common_flags(parser)
     modes = parser.add_argument_group("instead of a drawn text").add_mutually_exclusive_group()
     modes.add_argument("--chat", action="store_true", help="read prompts line by line, answer each; `quit` leaves")
