@@ -3,7 +3,6 @@
 One table on standard output; in --out a report in words and pictures, and metrics.json, from which both are made.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import Checkpoint, find_checkpoints, load_checkpoint
-from console import number, progress, run, say
-from data import Corpus, ShakespeareDataset, load_corpus, validation_windows
+from console import Parser, number, progress, run, say
+from data import Corpus, load_corpus, validation_windows
 from examine import (
     Tick,
     compare_estimators,
@@ -61,9 +60,9 @@ class Effort:
 
 
 READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
-ORDERS = ("confidence", "margin", "entropy", "left", "strided")
-FULL = Effort(8192, 8, 512, 32, (32, 16, 8, 4, 2, 1), ORDERS, (0.5, 0.7, 0.9, 0.97), 64, ("strided", "random"), 256)
-QUICK = Effort(2048, 1, 128, 8, (16, 4, 1), ("confidence", "strided"), (0.9,), 16, ("strided",), 32)
+ORDERS = ("confidence", "margin", "entropy", "left", "strided", "sweep")
+FULL = Effort(8192, 8, 512, 32, (32, 16, 8, 4, 2, 1), ORDERS, (0.5, 0.7, 0.9, 0.97), 64, ("sweep", "random"), 256)
+QUICK = Effort(2048, 1, 128, 8, (16, 4, 1), ("confidence", "sweep"), (0.9,), 16, ("sweep",), 32)
 
 
 # ------------------------------------------------------------------------------------------------- what is evaluated
@@ -120,13 +119,8 @@ class Evaluation:
 
     def some_windows(self, ids: Tensor, limit: int) -> list[Tensor]:
         """At most `limit` windows, evenly spaced; if the text has no more, all of them and the short last one."""
-        if len(ids) // self.T <= limit:
-            windows = validation_windows(ids, self.T, self.tokenizer)
-        else:
-            dataset = ShakespeareDataset(ids, self.tokenizer, self.T, stride=self.T)
-            windows = [dataset.gather(torch.linspace(0, len(dataset) - 1, limit).long())]
         device = next(next(iter(self.models.values())).parameters()).device
-        return [part.to(device) for part in windows]
+        return [part.to(device) for part in validation_windows(ids, self.T, self.tokenizer, limit * self.T)]
 
     def likelihood(self, tick: Tick) -> dict:
         """The table, the masking curve, and what positions and characters cost."""
@@ -177,9 +171,11 @@ class Evaluation:
         return {"infilling": examine_infilling(self.models, self.windows[0][some], spans, tick)}
 
     def embedding(self, tick: Tick) -> dict:
-        """Where the characters stand."""
+        """Where the 100 most frequent characters stand; rare ones, hardly learned, would only mark their rarity."""
         counts = torch.bincount(self.train[:READ].int(), minlength=self.tokenizer.vocab_size).tolist()
-        characters = sorted(self.tokenizer.characters, key=lambda c: -counts[self.tokenizer.char_to_id[c]])[:100]
+        count_of = {c: counts[i] for c, i in self.tokenizer.char_to_id.items() if c in self.tokenizer.characters}
+        characters = sorted(count_of, key=lambda c: -count_of[c])[:100]
+        characters = [c for c in characters if count_of[c] >= 100] or characters
         return {"embeddings": {name: embeddings(m, characters, self.tokenizer) for name, m in self.models.items()}}
 
     def stages(self) -> list[tuple[str, Callable[[Tick], dict], int]]:
@@ -236,7 +232,7 @@ def print_table(metrics: dict) -> None:
 
 def main() -> None:
     """Load, measure, tell."""
-    parser = argparse.ArgumentParser(description="Evaluate LLaDA and GPT on the text they were not trained on.")
+    parser = Parser(description="Evaluate LLaDA and GPT on the text they were not trained on.")
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="CHECKPOINT", help="at most one of each model (default: those under out/)")
     add("--out", type=Path, default=Path("out/report"), help="for report.md, metrics.json, pictures (out/report)")

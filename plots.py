@@ -1,12 +1,13 @@
-"""The pictures of the report, each drawn from metrics.json alone. Colours are Okabe and Ito's: safe for colour-blind
-readers, and lines differ in dash or marker too, so that they survive a grey printer."""
+"""The pictures of the report, each drawn from metrics.json alone. Colours are Okabe and Ito's (and one of Tol's): safe
+for colour-blind readers, and lines differ in dash or marker too, so that they survive a grey printer."""
 
+from itertools import cycle
 from pathlib import Path
 
 COLOURS = {"llada": "#0072B2", "gpt": "#D55E00"}
 NAMES = {"llada": "LLaDA", "gpt": "GPT"}
-OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-MARKERS = "osD^vP"
+OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999", "#882255")
+MARKERS = "osD^vPX"
 SHOWN = {" ": "␣", "\n": "↵", "\t": "⇥"}
 STYLE = {
     "figure.figsize": (6.4, 4.0),
@@ -88,7 +89,7 @@ def likelihood_against_nfe(plt, metrics: dict):
     policies: dict[str, list[dict]] = {}
     for row in metrics["policies"]:
         policies.setdefault("threshold" if row["threshold"] is not None else row["order"], []).append(row)
-    for (name, rows), colour, marker in zip(policies.items(), OTHERS, MARKERS, strict=False):
+    for (name, rows), colour, marker in zip(policies.items(), cycle(OTHERS), cycle(MARKERS), strict=False):
         rows = sorted(rows, key=lambda row: row["nfe"])
         y = [row["nats_per_char"] for row in rows]
         half = [row["nats_per_char"] - row["ci95"][0] if row["ci95"] else 0 for row in rows]

@@ -18,7 +18,7 @@ from quality import NGramModel, character_entropy, distinct_share, longest_copie
 from sampler import reverse_process
 from tokenizer import MASK_ID, SPECIAL_TOKENS, START_ID, SimpleTokenizer
 
-ORDER = "strided"  # positions written together stand far apart: the order that loses least in few steps
+ORDER = "sweep"  # in the gallery: positions written together stand far apart, the order that loses least in few steps
 
 
 # ------------------------------------------------------------------------------------------------- writing
