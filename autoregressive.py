@@ -255,10 +255,7 @@ def beam_search(
         if repetition_penalty != 1.0:
             seen = seen_tokens(context.tokens[:, : context.end], log_probs.shape[-1])
             log_probs = penalize_repetition(log_probs, seen, repetition_penalty)
-        candidates = (scores[:, None] + log_probs).flatten()
-        # Twice as many as beams: should all the best ones be [END], as many remain to go on with.
-        best, index = candidates.topk(min(2 * num_beams, len(candidates)))
-        beams, tokens = index // log_probs.shape[-1], index % log_probs.shape[-1]
+        best, beams, tokens = best_continuations(scores[:, None] + log_probs, 2 * num_beams)
         possible = best > -torch.inf
         ends = (tokens == END_ID) | (n == max_out_tokens)
         for rank in (ends & possible)[:num_beams].nonzero()[:, 0].tolist():
@@ -277,6 +274,15 @@ def beam_search(
         context.select(beams[running])
         context.append(tokens[running])
     return [(ids, score) for score, ids in finished[:num_return]]
+
+
+def best_continuations(scores: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(beams, V) -> the n best scores, whose beams they continue, and with which tokens; all (n,), best first.
+
+    Of n = twice the beams, should all the better half be [END], as many are left to go on with.
+    """
+    best, index = scores.flatten().topk(min(n, scores.numel()))
+    return best, index // scores.shape[1], index % scores.shape[1]
 
 
 def check_beams(num_beams: int, num_return: int, early_stopping: bool | str) -> None:
