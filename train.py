@@ -19,7 +19,7 @@ from torch import Tensor
 import console
 from autoregressive import causal_inputs, compute_gpt_loss
 from checkpoint import load_checkpoint
-from console import POSITIVE_INT, deferred_interrupt, number, progress, say
+from console import POSITIVE_INT, Parser, deferred_interrupt, number, progress, say
 from data import load_corpus, validation_windows
 from diffusion import compute_llada_loss, density_of_t, forward_process, sample_t
 from examine import score
@@ -190,7 +190,7 @@ def report(summary: dict) -> None:
 # ------------------------------------------------------------------------------------------------- command line
 def parse_arguments() -> argparse.Namespace:
     """The flags; whatever is not given comes from the preset."""
-    parser = argparse.ArgumentParser(description="Train LLaDA (masked diffusion) or GPT (causal) on a text.")
+    parser = Parser(description="Train LLaDA (masked diffusion) or GPT (causal) on a text.")
     add = parser.add_argument
     add("--model", choices=MODELS, default="llada")
     add("--data", metavar="NAME|FILE", help="tinyshakespeare (default), pydoc, or a UTF-8 text file")
@@ -207,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--accumulate", type=POSITIVE_INT, help="micro-batches a step: less memory, same result")
     add("--optimizer", choices=("muon", "adamw"), help="of the blocks' matrices (default: muon; AdamW has the rest)")
     add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's follows")
-    add("--weight-decay", type=number(float, low=0))
+    add("--weight-decay", type=number(float, low=0), help="of the blocks' matrices")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=POSITIVE_INT)
     length.add_argument("--minutes", type=number(float, above=0), help="the schedule follows the clock instead")
