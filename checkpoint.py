@@ -82,8 +82,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}): train it again") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("name") not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
-    model = MODELS[state["name"]](CONFIGS[state["name"]](**state["config"]))
-    model.load_state_dict(state["model"])
+    try:
+        model = MODELS[state["name"]](CONFIGS[state["name"]](**state["config"]))
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError):  # fields or weights of another version
+        raise ValueError(f"{path}: made by another version of the network: train it again") from None
     return Checkpoint(
         model=model.to(device).eval(),
         tokenizer=SimpleTokenizer.from_dict(state["tokenizer"]),

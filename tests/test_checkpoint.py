@@ -40,7 +40,10 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"model": {}}, tmp_path / "other.pt")
     torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")  # would run code if it were unpickled
-    for name in ("half.pt", "text.pt", "other.pt", "pickle.pt", "missing.pt", ""):
+    state = torch.load(good)
+    torch.save(state | {"model": {k: v for k, v in state["model"].items() if "qkv" not in k}}, tmp_path / "older.pt")
+    torch.save(state | {"config": state["config"] | {"n_expert": 8}}, tmp_path / "newer.pt")
+    for name in ("half.pt", "text.pt", "other.pt", "pickle.pt", "older.pt", "newer.pt", "missing.pt", ""):
         with pytest.raises(ValueError, match=name or "no such checkpoint"):
             load_checkpoint(tmp_path / name)
 
