@@ -61,7 +61,7 @@ class Effort:
 
 READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
 ORDERS = ("confidence", "margin", "entropy", "left", "strided", "sweep")
-FULL = Effort(8192, 8, 512, 32, (32, 16, 8, 4, 2, 1), ORDERS, (0.5, 0.7, 0.9, 0.97), 64, ("sweep", "random"), 256)
+FULL = Effort(8192, 8, 512, 16, (32, 16, 8, 4, 2, 1), ORDERS, (0.7, 0.9), 32, ("sweep", "random"), 256)
 QUICK = Effort(2048, 1, 128, 8, (16, 4, 1), ("confidence", "sweep"), (0.9,), 16, ("sweep",), 32)
 
 
