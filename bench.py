@@ -84,7 +84,7 @@ def print_table(rows: Iterator[Row]) -> None:
 # ------------------------------------------------------------------------------------------------- command line
 def bench_sample(args: argparse.Namespace) -> Iterator[Row]:
     """LLaDA's policies: network evaluations, exact likelihood, wall time. Needs a trained model under out/."""
-    return frontier(seconds, 16, 1, lengths=(128,)) if args.quick else frontier(seconds, 256, 3, lengths=(128, 256))
+    return frontier(seconds, 16, 1, lengths=(128,)) if args.quick else frontier(seconds, 64, 1, lengths=(128, 256))
 
 
 def bench_crossing(args: argparse.Namespace) -> Iterator[Row]:

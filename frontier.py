@@ -63,7 +63,8 @@ def forced(policy: UnmaskingPolicy, generator: torch.Generator) -> Policy:
 def frontier(seconds: Seconds, windows: int, rounds: int, lengths: tuple[int, ...]) -> Iterator[tuple]:
     """Rows of the table: policy, evaluations, bits/char and its distance from the first policy, wall time.
 
-    Quality on `windows` windows of the validation text, teacher-forced (LLaDA and GPT: the same windows). Times are
+    Quality on `windows` windows of 128 characters of the validation text, or a quarter as many at each doubling: one at
+    a time costs the square of the length. Teacher-forced (LLaDA and GPT: the same windows). Times are
     medians of `rounds` rounds, in each of which every policy writes once; the ratio is of medians.
     """
     checkpoint = load_checkpoint(newest_checkpoint("out", "llada"))
@@ -71,7 +72,7 @@ def frontier(seconds: Seconds, windows: int, rounds: int, lengths: tuple[int, ..
     times_by_batch = [f"ms, batch {B}" for B in BATCHES]
     yield ("T", "policy", "evaluations", "bits/char", "difference", *times_by_batch, "times faster")
     for T in (T for T in lengths if T <= checkpoint.model.config.block_size):
-        texts = held_out(checkpoint, T, windows)
+        texts = held_out(checkpoint, T, max(1, windows * 128**2 // T**2))
         table = policies(T)
         exact = {name: price(checkpoint.model, texts, policy) for name, policy in track(table.items(), f"quality, {T}")}
         times = {B: time_policies(seconds, checkpoint.model, table, T, B, rounds) for B in BATCHES}
