@@ -9,7 +9,6 @@ is timed before and after: a bench during which its speed changed by more than a
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,15 +69,17 @@ def gigaflops() -> float:
 
 
 def print_table(rows: Iterator[Row]) -> None:
-    """Print rows as aligned columns; on a terminal, say each on stderr as soon as it is measured."""
+    """Print rows as aligned columns, after Ctrl-C those there are; say each on stderr as soon as it is measured."""
     table = []
-    for row in rows:
-        if table and sys.stderr.isatty():
-            say("  ".join(row))
-        table.append(row)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    try:
+        for row in rows:
+            if table:
+                say("  ".join(row))
+            table.append(row)
+    finally:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 # ------------------------------------------------------------------------------------------------- command line

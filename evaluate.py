@@ -62,7 +62,7 @@ class Effort:
 READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
 ORDERS = ("confidence", "margin", "entropy", "left", "strided", "sweep")
 FULL = Effort(8192, 8, 512, 16, (32, 16, 8, 4, 2, 1), ORDERS, (0.7, 0.9), 32, ("sweep", "random"), 256)
-QUICK = Effort(2048, 1, 128, 8, (16, 4, 1), ("confidence", "sweep"), (0.9,), 16, ("sweep",), 32)
+QUICK = Effort(2048, 1, 128, 4, (16, 4, 1), ("confidence", "sweep"), (0.9,), 8, ("sweep",), 32)
 
 
 # ------------------------------------------------------------------------------------------------- what is evaluated
