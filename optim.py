@@ -19,7 +19,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     Newton-Schulz iteration x <- a x + b (x x^T) x + c (x x^T)^2 x, in float32, batched over equal shapes. The powers of
     x x^T alone are iterated, so a rectangle costs little more than a square. torch.optim.Muon iterates in bfloat16, one
-    matrix at a time: on CPUs without it that is unusable (`python bench.py train` measures it).
+    matrix at a time: on CPUs without it that is unusable (`python bench.py muon` measures it).
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalize(matrices.mT.contiguous()).mT

@@ -32,7 +32,7 @@ class Processes:
 
     @contextmanager
     def joined(self):
-        """Connect the processes for the time of the block; a lost one ends the block with a ValueError, not a hang."""
+        """Connect the processes for the time of the block; a lost one ends the program with a word, not a hang."""
         if self.world == 1:
             yield
             return
