@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from files import replacing
 from model import CONFIGS, MODELS, Transformer
 from tokenizer import SimpleTokenizer
 
@@ -27,7 +28,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write to a temporary file, fsync, rename: `path` holds a whole checkpoint at every moment."""
+    """`path` holds a whole checkpoint at every moment: this one or the one before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
@@ -41,15 +42,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "history": checkpoint.history,
         "training": checkpoint.training,
     }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -57,15 +51,11 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
     Neither name can change what the other holds, since checkpoints are replaced and never written into.
     """
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
+    with replacing(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:

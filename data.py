@@ -7,7 +7,6 @@ beside the text, so that the cost of training grows with the steps, not with the
 import codecs
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from console import run, say
+from files import replacing
 from tokenizer import SimpleTokenizer
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -44,28 +44,21 @@ def download_tinyshakespeare(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     problem = "no attempt made"
     for attempt in range(attempts):
         if attempt:
             time.sleep(min(2 ** (attempt - 1), 5))
         try:
-            digest = hashlib.sha256()
-            with requests.get(url, stream=True, timeout=timeout) as response, open(partial, "wb") as file:
-                response.raise_for_status()
-                for chunk in response.iter_content(1 << 16):
-                    digest.update(chunk)
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            if digest.hexdigest() == sha256:
-                partial.replace(path)
-                return path
-            problem = f"its SHA-256 is {digest.hexdigest()[:16]}..., expected {sha256[:16]}..."
-        except requests.RequestException as error:
+            with replacing(path) as temporary:
+                with requests.get(url, stream=True, timeout=timeout) as response, open(temporary, "wb") as file:
+                    response.raise_for_status()
+                    for chunk in response.iter_content(1 << 16):
+                        file.write(chunk)
+                if (received := sha256_of(temporary)) != sha256:
+                    raise ValueError(f"its SHA-256 is {received[:16]}..., expected {sha256[:16]}...")
+            return path
+        except (requests.RequestException, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
-        finally:
-            partial.unlink(missing_ok=True)
     raise OSError(f"could not download {url}: {problem}")
 
 
@@ -164,7 +157,7 @@ def map_file(path: Path, name: str) -> Corpus:
     """Memory-map the ids of a text file from PATH.ids, built on first use and rebuilt when the text has changed.
 
     PATH.ids.json says which text the ids belong to: its hash, and its size and time of change, which spare reading it
-    again. Both are written to temporary files and renamed, the description last.
+    again. Both are written whole or not at all, the description last.
     """
     ids_path, note_path = path.with_name(path.name + ".ids"), path.with_name(path.name + ".ids.json")
     stat = path.stat()
@@ -174,9 +167,8 @@ def map_file(path: Path, name: str) -> Corpus:
         note = build_ids(path, ids_path)
     if note.get("stamp") != stamp:
         note["stamp"] = stamp
-        temporary = note_path.with_name(f"{note_path.name}.{os.getpid()}.part")
-        temporary.write_text(json.dumps(note))
-        temporary.replace(note_path)
+        with replacing(note_path) as temporary:
+            temporary.write_text(json.dumps(note))
     tokenizer = SimpleTokenizer.from_dict(note["tokenizer"])
     ids = np.memmap(ids_path, dtype=tokenizer.dtype, mode="c")  # copy-on-write: torch wants a writable array
     if len(ids) != note["length"]:
@@ -191,15 +183,11 @@ def build_ids(path: Path, ids_path: Path) -> dict:
     for text in read_text(path):
         characters.update(text)
     tokenizer = SimpleTokenizer("".join(characters))
-    temporary = ids_path.with_name(f"{ids_path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            length = sum(len(text) for text in read_text(path) if file.write(tokenizer.encode(text)) is not None)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(ids_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    length = 0
+    with replacing(ids_path) as temporary, open(temporary, "wb") as file:
+        for text in read_text(path):
+            file.write(tokenizer.encode(text))
+            length += len(text)
     return {"sha256": sha256_of(path), "length": length, "tokenizer": tokenizer.to_dict()}
 
 

@@ -25,6 +25,7 @@ from examine import (
     score,
     where_it_hurts,
 )
+from files import replacing
 from likelihood import Likelihood
 from report import write_report
 from samples import Yardsticks, embeddings, examine_infilling, examine_samples, gallery, held_out_prompts
@@ -254,7 +255,8 @@ def main() -> None:
     metrics["seconds"] = time.monotonic() - start
     print_table(metrics)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with replacing(args.out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     write_report(metrics, args.out)
     say(f"wrote {args.out}/report.md, its pictures and metrics.json")
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from files import replacing
 from findings import (
     ahead,
     best_infiller,
@@ -38,7 +39,8 @@ def write_report(metrics: dict, out: Path) -> None:
         paragraphs = [paragraph for paragraph in paragraphs if paragraph]
         if paragraphs:
             parts += [f"## {title}"] * bool(title) + paragraphs
-    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with replacing(out / "report.md") as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- small words

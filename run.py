@@ -12,6 +12,7 @@ from torch import Tensor
 from checkpoint import Checkpoint, copy_checkpoint, save_checkpoint
 from console import say
 from data import Corpus, ShakespeareDataset, validation_windows
+from files import replacing
 from model import Transformer
 from optim import build_optimizers
 from parallel import Processes
@@ -139,6 +140,5 @@ class Keeper:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        temporary = self.folder / f"{name}.part"
-        temporary.write_text(text)
-        temporary.replace(self.folder / name)
+        with replacing(self.folder / name) as temporary:
+            temporary.write_text(text)

@@ -52,8 +52,8 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "last.pt", small())
     before = (tmp_path / "last.pt").read_bytes()
 
-    def full_disk(state, file):
-        file.write(b"half")
+    def full_disk(state, path):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
