@@ -29,6 +29,7 @@ from files import replacing
 from likelihood import Likelihood
 from report import write_report
 from samples import Yardsticks, embeddings, examine_infilling, examine_samples, gallery, held_out_prompts
+from templates import STRIDE
 from train import pick_device
 from unmasking import UnmaskingPolicy
 
@@ -154,9 +155,9 @@ class Evaluation:
 
     def quality(self, tick: Tick) -> dict:
         """Measures of what the models write, beside those of the validation text."""
-        yardsticks = Yardsticks(self.models, self.tokenizer, self.train, self.train[:READ], self.seed)
+        yardsticks = Yardsticks(self.models, self.tokenizer, self.train, self.train[:READ])
         kinds, count = self.effort.kinds(self.T), self.effort.samples
-        rows = examine_samples(yardsticks, self.val, self.T, count, kinds, tick)
+        rows = examine_samples(yardsticks, self.val, self.T, count, kinds, self.seed, tick)
         return {"quality": rows, "words_from": min(READ, len(self.train))}
 
     def gallery(self, tick: Tick) -> dict:
@@ -183,7 +184,9 @@ class Evaluation:
         """Name, method and about how many windows the networks will read in it: the measure of progress."""
         effort, T, n = self.effort, self.T, len(self.models)
         budgets = sum(policy.steps if policy.threshold is None else T // 2 for policy in effort.policies(T))
-        written = sum(steps + 4 for _, steps in effort.kinds(T)) + 6
+        kinds = effort.kinds(T)
+        judged = (STRIDE + 1) * (len(kinds) + 2)  # by LLaDA and by GPT, with GPT's texts and real ones
+        written = sum(steps for _, steps in kinds) + 1 + judged
         return [
             ("likelihood", self.likelihood, len(self.windows[0]) * (2 * effort.pairs + n)),
             ("training text", self.overfitting, len(self.train_windows[0]) * (4 + n)),

@@ -110,7 +110,8 @@ def longest_copied_span(texts: list[np.ndarray], source: np.ndarray, block: int 
         L = (low + high + 1) // 2
         wanted = np.unique(np.concatenate([span_hashes(digits[ids], L) for ids in texts]))
         starts = range(0, max(len(source) - L + 1, 0), block)
-        copied = any(np.isin(span_hashes(digits[source[i : i + block + L - 1]], L), wanted).any() for i in starts)
+        spans = (span_hashes(digits[source[i : i + block + L - 1]], L) for i in starts)
+        copied = any(look_up(span, wanted, wanted)[1].any() for span in spans)
         low, high = (L, high) if copied else (low, L - 1)
     return low
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from autoregressive import decode
-from examine import Tick, score
+from examine import Tick, batch_size, score
+from likelihood import policy_likelihood
 from model import Transformer
 from quality import NGramModel, character_entropy, distinct_share, longest_copied_span, real_word_share, words
 from sampler import reverse_process
+from templates import STRIDE
 from tokenizer import MASK_ID, SPECIAL_TOKENS, START_ID, SimpleTokenizer
+from unmasking import UnmaskingPolicy
 
 ORDER = "sweep"  # in the gallery: positions written together stand far apart, the order that loses least in few steps
 
@@ -52,15 +55,15 @@ class Yardsticks:
     """What texts are held against: the models, the training text, and the n-grams and words of some or all of it."""
 
     def __init__(
-        self, models: dict[str, Transformer], tokenizer: SimpleTokenizer, train: Tensor, part: Tensor, seed: int
+        self, models: dict[str, Transformer], tokenizer: SimpleTokenizer, train: Tensor, part: Tensor
     ):
-        self.models, self.tokenizer, self.seed = models, tokenizer, seed
+        self.models, self.tokenizer = models, tokenizer
         self.train = train.numpy()
         self.ngram = NGramModel(part.numpy(), tokenizer.vocab_size)
         self.vocabulary = set(words(f" {tokenizer.decode(part.numpy())} "))
 
     def measure(self, texts: Tensor, tick: Tick) -> dict:
-        """All measures of texts (N, T). bits/char: exact under GPT and the n-grams, an upper bound under LLaDA.
+        """All measures of texts (N, T). bits/char are exact, see `nats_per_char` for LLaDA's.
 
         A text in which a model wrote [END] is no text of T characters: it is left out, and not counted in `texts`.
         """
@@ -69,10 +72,7 @@ class Yardsticks:
             return {"texts": 0}
         rows = list(texts.numpy())
         bits = {
-            f"bits_under_{name}": score(
-                model, [texts.to(next(model.parameters()).device)], 2, self.seed, tick
-            ).nats_per_char / np.log(2)
-            for name, model in self.models.items()
+            f"bits_under_{name}": nats_per_char(model, texts, tick) / np.log(2) for name, model in self.models.items()
         }
         return {
             "texts": len(rows),
@@ -85,12 +85,24 @@ class Yardsticks:
         }
 
 
+def nats_per_char(model: Transformer, texts: Tensor, tick: Tick) -> float:
+    """Exact, of texts (N, T): GPT's by the chain rule, LLaDA's as the sampler it is by default.
+
+    A few texts are too few for LLaDA's bound: its masks would be most of the noise.
+    """
+    texts = texts.to(next(model.parameters()).device)
+    if model.causal:
+        return score(model, [texts], 0, 0, tick).nats_per_char
+    policy = UnmaskingPolicy(steps=min(STRIDE, texts.shape[1]), order=ORDER)
+    return policy_likelihood(model, texts, policy, MASK_ID, batch_size(texts), tick)[0].nats_per_char
+
+
 def examine_samples(
-    yardsticks: Yardsticks, val: Tensor, T: int, count: int, kinds: list[tuple[str, int]], tick: Tick
+    yardsticks: Yardsticks, val: Tensor, T: int, count: int, kinds: list[tuple[str, int]], seed: int, tick: Tick
 ) -> list[dict]:
     """One row of measures for `count` texts of T characters from: the validation text, GPT, LLaDA in each kind of
     (order, steps). `nfe` a text; `milliseconds` a text, all `count` written together."""
-    models, seed = yardsticks.models, yardsticks.seed
+    models = yardsticks.models
     stretches = val[: len(val) // T * T].view(-1, T)
     some = torch.linspace(0, len(stretches) - 1, min(count, len(stretches))).long()
     rows = [{"source": "validation text"} | yardsticks.measure(stretches[some].long(), tick)]
