@@ -203,10 +203,10 @@ def quality(metrics: dict) -> list[str]:
     return [
         table(header, body),
         f"{rows[0]['texts']} texts of {metrics['window']} characters of each kind, temperature 1, nothing truncated. "
-        "Bits and entropy are in bits/char, all exact (under LLaDA, of its default sampler); then the share of words that "
-        f"occur in the training text (its first {metrics['words_from']:,} characters, whence the n-grams too), the share of spans "
-        "of 8 characters that differ, and the longest span copied from the training text, in characters. What good "
-        "writing scores is the validation text's row, not the lowest figure.",
+        "Bits and entropy are in bits/char, all exact (under LLaDA, of its default sampler); then the share of words "
+        f"that occur in the training text (its first {metrics['words_from']:,} characters, whence the n-grams too), "
+        "the share of spans of 8 characters that differ, and the longest span copied from the training text, in "
+        "characters. What good writing scores is the validation text's row, not the lowest figure.",
         closest(rows),
     ]
 
