@@ -50,6 +50,7 @@ def figures(result: Likelihood, model: Transformer) -> dict:
     return {
         "nats_per_char": result.nats_per_char,
         "ci95": finite(result.ci95),
+        "ci95_of_masks": result.mask_error if math.isfinite(result.mask_error) else None,
         "bits_per_char": result.nats_per_char / math.log(2),
         "perplexity": math.exp(result.nats_per_char),
         "is_bound": result.is_bound,

@@ -58,6 +58,22 @@ class Likelihood:
         half = 1.96 * standard_error(self.window_nats, self.lengths)
         return self.nats_per_char - half, self.nats_per_char + half
 
+    @property
+    def mask_error(self) -> float:
+        """How much of the interval's half-width (1.96 standard errors, nats/char) is due to the masks; 0 if exact.
+
+        From how far a window's pairs of masks lie apart. More pairs make it smaller; the rest is the text's own spread
+        over windows, which only more text makes smaller. Of the first length's windows; infinite for a single pair.
+        """
+        if self.draws is None:
+            return 0.0
+        counts, means, hidden = self.draws
+        (N, T), curve = hidden.shape, self.curve
+        pairs = (means - curve[counts]).view(N, -1, 2).mean(2)  # (N, pairs)
+        if pairs.shape[1] < 2:
+            return math.inf
+        return 1.96 * (T - 1) / T * float((pairs.var(1) / pairs.shape[1]).sum().sqrt()) / N
+
     @classmethod
     def exact(cls, token_nats: list[Tensor]) -> "Likelihood":
         """From the exact (N, T) nats of each token, a list with one tensor for each window length."""

@@ -91,7 +91,20 @@ def likelihood(metrics: dict) -> list[str]:
         for fall in [late_fall(metrics["history"].get(name, []))]
         if fall is not None
     ]
-    return [table(header, rows), "![Loss curves](loss_curves.png)", " ".join(trends)]
+    return [table(header, rows), width(metrics), "![Loss curves](loss_curves.png)", " ".join(trends)]
+
+
+def width(metrics: dict) -> str:
+    """Why LLaDA's interval is as wide as it is."""
+    llada = metrics["models"].get("llada")
+    if not llada or not llada["ci95"] or llada["ci95_of_masks"] is None:
+        return ""
+    half, masks = (llada["ci95"][1] - llada["ci95"][0]) / 2, llada["ci95_of_masks"]
+    return (
+        f"The half-width of LLaDA's interval is {half:.4f} nats/char over {llada['windows']:,} windows. The masks that "
+        f"were drawn account for {masks:.4f} of it (added in squares); the rest is how much the windows of this text "
+        "differ, and only more text would narrow it."
+    )
 
 
 def masking(metrics: dict) -> list[str]:

@@ -140,6 +140,16 @@ def test_the_interval_over_windows_is_honest():
     assert 0.85 < ratio < 1.3
 
 
+def test_the_masks_share_of_the_interval_is_the_spread_over_fresh_masks():
+    predict, windows = TablePredictor(), all_strings()[::2]
+    results = [likelihood_bound(predict, [windows], MASK, 3, generator=seeded(seed)) for seed in range(400)]
+    spread = 1.96 * torch.tensor([result.nats_per_char for result in results]).std().item()
+    claimed = sum(result.mask_error for result in results) / len(results)
+    assert 0.9 * spread < claimed < 1.5 * spread  # strata make the true spread the smaller one, if anything
+    assert likelihood_bound(predict, [windows], MASK, 1).mask_error == math.inf
+    assert Likelihood.exact([torch.ones(2, 3)]).mask_error == 0.0
+
+
 def test_interval_covers_the_mean_over_a_population_of_windows():
     """Windows are drawn from a population of unequal lengths: about 95 % of the intervals hold its nats/char."""
     generator, hits = seeded(3), 0
