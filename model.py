@@ -22,8 +22,8 @@ NGRAMS = {  # causal? -> the offsets of the tokens that make the key of each n-g
     True: ((-1, 0), (-2, -1, 0), (-3, -2, -1, 0), (-4, -3, -2, -1, 0), (-2, -1)),
     False: ((-1, 0), (0, 1), (-1, 0, 1), (-2, -1, 0), (0, 1, 2)),
 }
+REACH = -min(map(min, NGRAMS[True]))  # how far back GPT's n-grams look
 NGRAM_ROWS = 16381  # a prime: the pairs of up to 127 ids never collide, longer keys share rows
-REACH = 4  # the farthest offset
 
 
 @dataclass
@@ -146,26 +146,30 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
-        self.vocab_size, self.offsets, self.dropout = config.vocab_size, NGRAMS[causal], config.ngram_dropout
-        self.tables = nn.ModuleList(nn.Embedding(NGRAM_ROWS, config.n_embd) for _ in self.offsets)
-        for table in self.tables:
-            nn.init.zeros_(table.weight)
+        keys = NGRAMS[causal]
+        self.left, self.right = -min(map(min, keys)), max(map(max, keys))
+        # The row of an n-gram is the number its tokens spell in base V, modulo NGRAM_ROWS; table stands after table.
+        digits = torch.zeros(len(keys), self.left + 1 + self.right, dtype=torch.long)  # (n, W)
+        for values, offsets in zip(digits, keys, strict=True):
+            for place, offset in enumerate(reversed(offsets)):
+                values[self.left + offset] = pow(config.vocab_size, place, NGRAM_ROWS)
+        self.register_buffer("digits", digits, persistent=False)
+        self.register_buffer("first_rows", NGRAM_ROWS * torch.arange(len(keys)), persistent=False)
+        self.tables = nn.EmbeddingBag(NGRAM_ROWS * len(keys), config.n_embd, mode="sum")
+        nn.init.zeros_(self.tables.weight)
+        self.dropout = nn.Dropout(config.ngram_dropout)
 
     def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). `before` (B, REACH) are the tokens left of them (else [PAD] = 0), moved on in place."""
-        T = tokens.shape[1]
+        """(B, T) -> (B, T, C). `before` (B, left) are the tokens left of them (else [PAD] = 0), moved on in place."""
+        B, T = tokens.shape
         if before is None:
-            tokens = F.pad(tokens, (REACH, REACH))
+            tokens = F.pad(tokens, (self.left, self.right))
         else:
             tokens = torch.cat([before, tokens], dim=1)
             before.copy_(tokens[:, T:])
-        x = 0
-        for offsets, table in zip(self.offsets, self.tables, strict=True):
-            key = 0
-            for offset in offsets:  # the n-gram as a number in base V
-                key = key * self.vocab_size + tokens[:, REACH + offset : REACH + offset + T]
-            x = x + table(key % NGRAM_ROWS)
-        return F.dropout(x, self.dropout, self.training)
+        windows = tokens.unfold(1, self.digits.shape[1], 1)  # (B, T, W)
+        rows = (windows[:, :, None] * self.digits).sum(-1) % NGRAM_ROWS + self.first_rows  # (B, T, n)
+        return self.dropout(self.tables(rows.flatten(0, 1)).view(B, T, -1))
 
 
 class NeighbourConvolution(nn.Module):
@@ -200,8 +204,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        pad: Tensor | None,
+        cache: KeyValueCache | None,
+        layer: int,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (N, C) for the N positions where `at` (B, T) is true."""
         (B, T, C), H = x.shape, self.n_head
         qk, v = self.qkv(x).view(B, T, 3 * H, C // H).split((2 * H, H), dim=2)
         qk = rotate(norm(qk), rotations).to(v.dtype)  # QK-norm (arXiv 2302.05442), then RoPE
@@ -215,7 +227,8 @@ class Attention(nn.Module):
         else:
             mask = attention_mask(T, offset, pad, self.causal, x.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).reshape(B, T, C))
+        out = out.transpose(1, 2).reshape(B, T, C)
+        return self.proj(out if at is None else out[at])
 
 
 class MLP(nn.Module):
@@ -241,15 +254,23 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, layer: int):
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        pad: Tensor | None,
+        cache: KeyValueCache | None,
+        layer: int,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (N, C) for the N positions where `at` (B, T) is true."""
         x = x + self.conv(x, cache.inputs[layer] if cache is not None else None)
-        x = x + self.dropout(self.attention(norm(x), rotations, pad, cache, layer))
+        x = (x if at is None else x[at]) + self.dropout(self.attention(norm(x), rotations, pad, cache, layer, at))
         return x + self.dropout(self.mlp(norm(x)))
 
 
 class RotaryEncoder(nn.Module):
-    """Tokens (B, T) -> hidden states (B, T, C): the modern stack, the default."""
+    """Tokens (B, T) -> hidden states (B, T, C), or (N, C) where `at` (B, T) is true: the modern stack, the default."""
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
@@ -259,7 +280,13 @@ class RotaryEncoder(nn.Module):
         rotations = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("rotations", rotations, persistent=False)
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        pad: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
         offset, T = (cache.length if cache is not None else 0), tokens.shape[1]
         rotations = self.rotations[offset : offset + T]  # (T, D/2)
         real = None
@@ -267,8 +294,9 @@ class RotaryEncoder(nn.Module):
             real = (torch.arange(offset, offset + T, device=tokens.device) >= pad[:, None])[..., None]  # (B, T, 1)
             tokens = tokens * real[..., 0]
         x = norm(self.embedding(tokens) + self.ngrams(tokens, cache.tokens if cache is not None else None))
+        last = len(self.blocks) - 1  # whose projections and MLP are only paid for where they are used
         for layer, block in enumerate(self.blocks):
-            x = block(x if real is None else x * real, rotations, pad, cache, layer)
+            x = block(x if real is None else x * real, rotations, pad, cache, layer, at if layer == last else None)
         if cache is not None:
             cache.length += T
         return norm(x)
@@ -296,7 +324,8 @@ class PositionalEncoding(nn.Module):
 
 
 class VanillaEncoder(nn.Module):
-    """Tokens (B, T) -> hidden states (B, T, C): PyTorch's textbook encoder, the readable reference and yardstick."""
+    """Tokens (B, T) -> hidden states (B, T, C), or (N, C) where `at` is true: PyTorch's textbook encoder, the readable
+    reference and yardstick."""
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
@@ -308,7 +337,13 @@ class VanillaEncoder(nn.Module):
         )
         self.encoder = nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        pad: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
         if cache is not None:
             raise ValueError('arch="vanilla" has no key/value cache: nn.TransformerEncoder cannot use one')
         x = self.positions(self.embedding(tokens) * math.sqrt(self.n_embd), pad)
@@ -317,7 +352,8 @@ class VanillaEncoder(nn.Module):
             mask = ~mask  # nn.TransformerEncoder marks what may NOT be seen, (T, T) or (B * H, T, T)
             if mask.dim() == 4:
                 mask = mask.expand(-1, self.n_head, -1, -1).flatten(0, 1)
-        return self.encoder(x, mask=mask)
+        hidden = self.encoder(x, mask=mask)
+        return hidden if at is None else hidden[at]
 
 
 ENCODERS = {"rotary": RotaryEncoder, "vanilla": VanillaEncoder}
@@ -354,9 +390,7 @@ class Transformer(nn.Module):
         T = tokens.shape[1] + (cache.length if cache is not None else 0)
         if T > self.config.block_size:
             raise ValueError(f"{T} positions do not fit the model's block_size of {self.config.block_size}")
-        hidden = self.encoder(tokens, pad, cache)  # (B, T, C)
-        if at is not None:
-            hidden = hidden[at]  # (N, C): the head is only paid for where it is used
+        hidden = self.encoder(tokens, pad, cache, at)  # (B, T, C) or (N, C)
         return self.head(hidden).float().masked_fill(self.never, -torch.inf)
 
     def num_parameters(self) -> int:
@@ -368,7 +402,7 @@ class Transformer(nn.Module):
 
         Embeddings are looked up, not multiplied; the causal model's masked half of the attention is counted as well.
         """
-        looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
         weights = self.num_parameters() - looked_up
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 

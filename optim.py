@@ -72,20 +72,25 @@ def build_optimizers(
     lr: float = 0.006,
     muon_lr: float = 0.02,
     embedding_lr: float = 0.02,
+    ngram_lr: float = 300.0,
     weight_decay: float = 0.0,
     use_muon: bool = True,
 ) -> list[torch.optim.Optimizer]:
-    """[Muon over the blocks' matrices, fused AdamW over the rest]; `arch="vanilla"` gets the classic, AdamW alone.
+    """[Muon over the blocks' matrices, SGD over the n-gram tables, fused AdamW over the rest]; `arch="vanilla"` gets
+    the classic, AdamW alone.
 
-    Looked-up vectors see few gradients and take the larger `embedding_lr`; `weight_decay` is for the matrices. Every
-    group remembers its `initial_lr`, which `set_learning_rate` scales.
+    Tokens are few and their embeddings take a larger rate, `embedding_lr`. N-grams are many and most are rare: plain
+    gradient steps move each as far as it was seen, where AdamW would move one that was seen once as far as the most
+    frequent, and overfit. `weight_decay` is for the matrices. Every group remembers its `initial_lr`, which
+    `set_learning_rate` scales.
     """
     blocks = getattr(model.encoder, "blocks", nn.ModuleList())
     linear = {name: m.weight for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
     fused = [weight for name, weight in linear.items() if name.endswith("qkv")]
     single = [weight for name, weight in linear.items() if not name.endswith("qkv")]
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)] if linear else []
-    chosen = {id(p) for p in [*fused, *single, *embeddings]}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)]
+    chosen = {id(p) for p in [*fused, *single, *embeddings, *tables]}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in chosen]},
         {"params": embeddings, "lr": embedding_lr},
@@ -96,6 +101,8 @@ def build_optimizers(
         optimizers.append(Muon(parts, lr=muon_lr, weight_decay=weight_decay))
     else:
         groups.append({"params": [*fused, *single], "weight_decay": weight_decay})
+    if tables:
+        optimizers.append(torch.optim.SGD(tables, lr=ngram_lr))
     groups = [group for group in groups if group["params"]]
     optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
     for optimizer in optimizers:

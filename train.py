@@ -41,8 +41,8 @@ PRESETS = {
 
 LAPTOP_SIZES = (  # up to so many minutes: more time pays for more width; of GPT, it also asks for more regularization
     (1.0, {"n_embd": 64}, {}),
-    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.5}),
-    (float("inf"), {"n_embd": 128, "batch_size": 16}, {"ngram_dropout": 0.5, "dropout": 0.1, "weight_decay": 0.1}),
+    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}),
+    (float("inf"), {"n_embd": 128, "batch_size": 16}, {"ngram_dropout": 0.2, "dropout": 0.1, "weight_decay": 0.1}),
 )  # LLaDA never sees the same masks twice: for as long as this was tried, dropout only cost it
 
 
