@@ -232,9 +232,8 @@ def answer_prompts(writer: GeneratorTransformer, settings: dict) -> None:
     chat(answer)
 
 
-def main() -> None:
-    settings, foreign = parse_args()
-    writer = load(settings, foreign)
+def speak(writer: GeneratorTransformer, settings: dict) -> None:
+    """Whatever the flags ask for."""
     if "top" in settings:
         print_next_tokens(writer, settings)
     elif "beams" in settings:
@@ -245,6 +244,16 @@ def main() -> None:
         print_written(writer, settings)
     else:
         print_texts(writer, settings)
+
+
+def main() -> None:
+    settings, foreign = parse_args()
+    given = set(settings)
+    try:
+        speak(load(settings, foreign), settings)
+    except ValueError as error:  # the library's words begin with the name of an argument: here it is a flag's
+        name, space, rest = str(error).partition(" ")
+        raise ValueError(("--" + name.replace("_", "-") if name in given else name) + space + rest) from None
 
 
 if __name__ == "__main__":

@@ -197,8 +197,8 @@ def test_watching_shows_every_step_and_changes_nothing(call):
     ("arguments", "message"),
     [
         (["--context-len", 0], "--context-len: must be at least 1"),
-        (["--context-len", 25], "context_len must be in 1..24"),
-        (["--slide", 25], "slide must be in 1..24"),
+        (["--context-len", 25], "--context-len must be in 1..24"),
+        (["--slide", 25], "--slide must be in 1..24"),
         (["--beams", 0], "--beams: must be at least 1"),
         (["--beams", 2, "--num-samples", 3], "--num-samples 3: 2 beams find 2 texts"),
         (["--beams", 2, "--temperature", 1], "--temperature: --beams searches"),
