@@ -47,6 +47,7 @@ class Effort:
     thresholds: tuple[float, ...]
     samples: int  # texts of each kind
     sample_orders: tuple[str, ...]
+    temperatures: tuple[float, ...]
     infillings: int
 
     def policies(self, T: int) -> list[UnmaskingPolicy]:
@@ -62,9 +63,17 @@ class Effort:
 
 
 READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
-ORDERS = ("confidence", "margin", "entropy", "left", "strided", "sweep")
-FULL = Effort(8192, 8, 512, 16, (32, 16, 8, 4, 2, 1), ORDERS, (0.7, 0.9), 32, ("sweep", "random"), 256)
-QUICK = Effort(2048, 1, 128, 4, (16, 4, 1), ("confidence", "sweep"), (0.9,), 8, ("sweep",), 32)
+FULL = Effort(
+    windows=8192, pairs=8, train_windows=512,
+    policy_windows=16, budgets=(32, 16, 8, 4, 2, 1), thresholds=(0.7, 0.9),
+    orders=("confidence", "margin", "entropy", "left", "strided", "sweep"),
+    samples=32, sample_orders=("sweep", "random", "confidence"), temperatures=(1.0, 0.6), infillings=256,
+)  # fmt: skip
+QUICK = Effort(
+    windows=2048, pairs=1, train_windows=128,
+    policy_windows=4, budgets=(16, 4, 1), thresholds=(0.9,), orders=("confidence", "sweep"),
+    samples=8, sample_orders=("sweep",), temperatures=(1.0,), infillings=32,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- what is evaluated
@@ -157,7 +166,7 @@ class Evaluation:
         """Measures of what the models write, beside those of the validation text."""
         yardsticks = Yardsticks(self.models, self.tokenizer, self.train, self.train[:READ])
         kinds, count = self.effort.kinds(self.T), self.effort.samples
-        rows = examine_samples(yardsticks, self.val, self.T, count, kinds, self.seed, tick)
+        rows = examine_samples(yardsticks, self.val, self.T, count, self.effort.temperatures, kinds, self.seed, tick)
         return {"quality": rows, "words_from": min(READ, len(self.train))}
 
     def gallery(self, tick: Tick) -> dict:
@@ -185,13 +194,12 @@ class Evaluation:
         effort, T, n = self.effort, self.T, len(self.models)
         budgets = sum(policy.steps if policy.threshold is None else T // 2 for policy in effort.policies(T))
         kinds = effort.kinds(T)
-        judged = (STRIDE + 1) * (len(kinds) + 2)  # by LLaDA and by GPT, with GPT's texts and real ones
-        written = sum(steps for _, steps in kinds) + 1 + judged
+        written = sum(steps + STRIDE + 1 for _, steps in kinds) + STRIDE + 2  # and judged by LLaDA and by GPT
         return [
             ("likelihood", self.likelihood, len(self.windows[0]) * (2 * effort.pairs + n)),
             ("training text", self.overfitting, len(self.train_windows[0]) * (4 + n)),
             ("policies", self.steps, budgets * min(effort.policy_windows, len(self.windows[0]))),
-            ("samples", self.quality, effort.samples * written),
+            ("samples", self.quality, effort.samples * (written * len(effort.temperatures) + STRIDE + 1)),
             ("gallery", self.gallery, 3 * (T + T // 8)),
             ("infilling", self.infilling, effort.infillings * 24),
             ("embeddings", self.embedding, 1),

@@ -215,32 +215,36 @@ def quality(metrics: dict) -> list[str]:
     ]  # fmt: skip
     return [
         table(header, body),
-        f"{rows[0]['texts']} texts of {metrics['window']} characters of each kind, temperature 1, nothing truncated. "
-        "Bits and entropy are in bits/char, all exact (under LLaDA, of its default sampler); then the share of words "
-        f"that occur in the training text (its first {metrics['words_from']:,} characters, whence the n-grams too), "
-        "the share of spans of 8 characters that differ, and the longest span copied from the training text, in "
+        f"{rows[0]['texts']} texts of {metrics['window']} characters of each kind, temperature 1 where no other is "
+        "named. Bits and entropy are in bits/char, all exact (under LLaDA, of its default sampler); then the share of "
+        f"words that occur in the training text (its first {metrics['words_from']:,} characters, whence the n-grams "
+        "too), the share of spans of 8 characters that differ, and the longest span copied from the training text, in "
         "characters. What good writing scores is the validation text's row, not the lowest figure.",
-        closest(rows),
+        *(closest(rows, temperature) for temperature in sorted({r["temperature"] for r in rows[1:]}, reverse=True)),
     ]
 
 
 def title_of(row: dict) -> str:
     if row["source"] != "llada":
-        return NAMES.get(row["source"], row["source"])
-    return f"LLaDA, {row['order']} order, {row['steps']} steps"
+        name = NAMES.get(row["source"], row["source"])
+    else:
+        name = f"LLaDA, {row['order']} order, {row['steps']} steps"
+    return name + (f", temperature {row['temperature']:g}" if row.get("temperature", 1) != 1 else "")
 
 
-def closest(rows: list[dict]) -> str:
-    """Whose text looks most like the validation text to the n-grams and in its words."""
-    real, written = rows[0], [row for row in rows[1:] if row.get("real_words") is not None]
+def closest(rows: list[dict], temperature: float) -> str:
+    """Whose text of this temperature looks most like the validation text to the n-grams and in its words."""
+    real = rows[0]
+    written = [row for row in rows[1:] if row.get("real_words") is not None and row["temperature"] == temperature]
     if not written or real.get("real_words") is None:
         return ""
     by_ngram = min(written, key=lambda row: abs(row["bits_under_ngram"] - real["bits_under_ngram"]))
     by_words = max(written, key=lambda row: row["real_words"])
     return (
-        f"To the n-grams the text nearest to the validation text is {title_of(by_ngram)} "
-        f"({by_ngram['bits_under_ngram']:.2f} against {real['bits_under_ngram']:.2f} bits/char); the largest share of "
-        f"real words is that of {title_of(by_words)} ({by_words['real_words']:.2f} against {real['real_words']:.2f})."
+        f"At temperature {temperature:g} the text that the n-grams find nearest to the validation text is "
+        f"{title_of(by_ngram)} ({by_ngram['bits_under_ngram']:.2f} against {real['bits_under_ngram']:.2f} bits/char); "
+        f"the largest share of real words is that of {title_of(by_words)} ({by_words['real_words']:.2f} against "
+        f"{real['real_words']:.2f})."
     )
 
 

@@ -1,11 +1,12 @@
 """What the models write, measured: quality against network evaluations and time, a gallery, infilling.
 
-Both models write texts of the same length by the plain draw from their distribution (temperature 1, no truncation),
-LLaDA in the given numbers of steps. Everything comes back as plain values, ready for metrics.json.
+Both models write texts of the same length by the plain draw from their distribution (no truncation), LLaDA in the given
+numbers of steps. Everything comes back as plain values, ready for metrics.json.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,24 +27,27 @@ ORDER = "sweep"  # in the gallery: positions written together stand far apart, t
 
 # ------------------------------------------------------------------------------------------------- writing
 def write_llada(
-    model: Transformer, templates: Tensor, steps: int, order: str, seed: int, tick: Tick
+    model: Transformer, templates: Tensor, steps: int, order: str, seed: int, tick: Tick, temperature: float = 1.0
 ) -> tuple[Tensor, int]:
     """Fill the masks of templates (N, T); returns the texts (N, T) and the network evaluations each one took."""
     generator, nfe = torch.Generator().manual_seed(seed), 0
     for step in reverse_process(
-        model, templates, MASK_ID, steps=steps, order=order, temperature=1.0, generator=generator
+        model, templates, MASK_ID, steps=steps, order=order, temperature=temperature, generator=generator
     ):
         tick(len(templates) * (step.nfe - nfe))
         nfe = step.nfe
     return step.tokens.cpu(), nfe
 
 
-def write_gpt(model: Transformer, prompts: list[Tensor], T: int, seed: int, tick: Tick) -> tuple[Tensor, int]:
+def write_gpt(
+    model: Transformer, prompts: list[Tensor], T: int, seed: int, tick: Tick, temperature: float = 1.0
+) -> tuple[Tensor, int]:
     """Continue prompts of ids to T characters each: the texts (N, T) and the network evaluations each one took."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     room = T - min(map(len, prompts))
     opened = [torch.cat([torch.tensor([START_ID]), prompt.cpu()]).to(device) for prompt in prompts]
-    written = [tokens.cpu() for tokens in decode(model, opened, max_out_tokens=room, generator=generator)]
+    columns = decode(model, opened, max_out_tokens=room, temperature=temperature, generator=generator)
+    written = [tokens.cpu() for tokens in columns]
     tick(len(prompts))  # with the cache, T columns one by one are about one reading of a window
     columns = torch.stack(written, 1) if written else torch.zeros(len(prompts), 0, dtype=torch.long)
     texts = [torch.cat([prompt.cpu(), row])[:T] for prompt, row in zip(prompts, columns, strict=True)]
@@ -98,23 +102,32 @@ def nats_per_char(model: Transformer, texts: Tensor, tick: Tick) -> float:
 
 
 def examine_samples(
-    yardsticks: Yardsticks, val: Tensor, T: int, count: int, kinds: list[tuple[str, int]], seed: int, tick: Tick
+    yardsticks: Yardsticks,
+    val: Tensor,
+    T: int,
+    count: int,
+    temperatures: tuple[float, ...],
+    kinds: list[tuple[str, int]],
+    seed: int,
+    tick: Tick,
 ) -> list[dict]:
-    """One row of measures for `count` texts of T characters from: the validation text, GPT, LLaDA in each kind of
-    (order, steps). `nfe` a text; `milliseconds` a text, all `count` written together."""
+    """One row of measures for `count` texts of T characters from: the validation text; at each temperature GPT, and
+    LLaDA in each kind of (order, steps). `nfe` a text; `milliseconds` a text, all `count` written together."""
     models = yardsticks.models
     stretches = val[: len(val) // T * T].view(-1, T)
     some = torch.linspace(0, len(stretches) - 1, min(count, len(stretches))).long()
     rows = [{"source": "validation text"} | yardsticks.measure(stretches[some].long(), tick)]
     writers: list[tuple[dict, Callable[[], tuple[Tensor, int]]]] = []
-    if "gpt" in models:
-        prompts = [torch.zeros(0, dtype=torch.long)] * count
-        writers.append(({"source": "gpt"}, lambda: write_gpt(models["gpt"], prompts, T, seed, tick)))
-    if "llada" in models:
-        blank = torch.full((count, T), MASK_ID, device=next(models["llada"].parameters()).device)
-        for order, steps in kinds:
-            label = {"source": "llada", "order": order, "steps": steps}
-            writers.append((label, lambda o=order, s=steps: write_llada(models["llada"], blank, s, o, seed, tick)))
+    for temperature in temperatures:
+        at = {"temperature": temperature}
+        if "gpt" in models:
+            prompts = [torch.zeros(0, dtype=torch.long)] * count
+            writers.append(({"source": "gpt"} | at, partial(write_gpt, models["gpt"], prompts, T, seed, tick, **at)))
+        if "llada" in models:
+            blank = torch.full((count, T), MASK_ID, device=next(models["llada"].parameters()).device)
+            for order, steps in kinds:
+                write = partial(write_llada, models["llada"], blank, steps, order, seed, tick, **at)
+                writers.append(({"source": "llada", "order": order, "steps": steps} | at, write))
     for label, write in writers:
         start = time.perf_counter()
         texts, nfe = write()
