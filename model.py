@@ -18,12 +18,12 @@ from torch import Tensor
 
 NEVER_PREDICTED = 3  # ids 0, 1, 2 are [PAD], [MASK], [START]: their logits are -inf by construction (MDLM's SUBS)
 TAPS = 5  # positions the depthwise convolution sees: t-4..t (GPT) or t-2..t+2 (LLaDA)
-NGRAMS = {  # causal? -> the offsets of the tokens that make the key of each n-gram table
+NGRAMS = {  # causal? -> the offsets of the tokens that make each kind of n-gram
     True: ((-1, 0), (-2, -1, 0), (-3, -2, -1, 0), (-4, -3, -2, -1, 0), (-2, -1)),
     False: ((-1, 0), (0, 1), (-1, 0, 1), (-2, -1, 0), (0, 1, 2)),
 }
 REACH = -min(map(min, NGRAMS[True]))  # how far back GPT's n-grams look
-NGRAM_ROWS = 16381  # a prime: the pairs of up to 127 ids never collide, longer keys share rows
+NGRAM_ROWS = 65521  # of each table, a prime: two tokens of up to 255 kinds never share a row, longer n-grams may
 
 
 @dataclass
@@ -142,20 +142,23 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 class NgramEmbedding(nn.Module):
-    """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero."""
+    """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero.
+
+    The row of an n-gram is the number that its tokens spell in base V, modulo NGRAM_ROWS. Every kind has its own table:
+    a rare long n-gram may share a row with other rare ones, but not with a frequent short one.
+    """
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
-        keys = NGRAMS[causal]
-        self.left, self.right = -min(map(min, keys)), max(map(max, keys))
-        # The row of an n-gram is the number its tokens spell in base V, modulo NGRAM_ROWS; table stands after table.
-        digits = torch.zeros(len(keys), self.left + 1 + self.right, dtype=torch.long)  # (n, W)
-        for values, offsets in zip(digits, keys, strict=True):
+        kinds = NGRAMS[causal]
+        self.left, self.right = -min(map(min, kinds)), max(map(max, kinds))
+        digits = torch.zeros(len(kinds), self.left + 1 + self.right, dtype=torch.long)  # (n, W) what a token counts
+        for row, offsets in zip(digits, kinds, strict=True):
             for place, offset in enumerate(reversed(offsets)):
-                values[self.left + offset] = pow(config.vocab_size, place, NGRAM_ROWS)
+                row[self.left + offset] = pow(config.vocab_size, place, NGRAM_ROWS)
         self.register_buffer("digits", digits, persistent=False)
-        self.register_buffer("first_rows", NGRAM_ROWS * torch.arange(len(keys)), persistent=False)
-        self.tables = nn.EmbeddingBag(NGRAM_ROWS * len(keys), config.n_embd, mode="sum")
+        self.register_buffer("first_rows", NGRAM_ROWS * torch.arange(len(kinds)), persistent=False)
+        self.tables = nn.EmbeddingBag(NGRAM_ROWS * len(kinds), config.n_embd, mode="sum")
         nn.init.zeros_(self.tables.weight)
         self.dropout = nn.Dropout(config.ngram_dropout)
 
@@ -167,7 +170,7 @@ class NgramEmbedding(nn.Module):
         else:
             tokens = torch.cat([before, tokens], dim=1)
             before.copy_(tokens[:, T:])
-        windows = tokens.unfold(1, self.digits.shape[1], 1)  # (B, T, W)
+        windows = tokens.unfold(1, self.left + 1 + self.right, 1)  # (B, T, W)
         rows = (windows[:, :, None] * self.digits).sum(-1) % NGRAM_ROWS + self.first_rows  # (B, T, n)
         return self.dropout(self.tables(rows.flatten(0, 1)).view(B, T, -1))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import CONFIGS, ENCODERS, MODELS, KeyValueCache
+from model import CONFIGS, ENCODERS, MODELS, NGRAM_ROWS, NGRAMS, KeyValueCache
 
 T, V = 12, 20
 
@@ -20,6 +20,20 @@ def random_model(name: str, arch: str, seed: int = 0):
 
 def tokens(rows: int = 2) -> torch.Tensor:
     return torch.randint(4, V, (rows, T), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ngrams_are_looked_up_as_numbers_in_base_v(name):
+    model, x = random_model(name, "rotary"), tokens(1)
+    ngrams, padded = model.encoder.ngrams, [0] * 8 + x[0].tolist() + [0] * 8
+    for position in range(T):
+        expected = torch.zeros(16)
+        for kind, offsets in enumerate(NGRAMS[model.causal]):
+            number = 0
+            for offset in offsets:
+                number = number * V + padded[8 + position + offset]
+            expected += ngrams.tables.weight[kind * NGRAM_ROWS + number % NGRAM_ROWS]
+        assert torch.allclose(ngrams(x)[0, position], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ENCODERS)

@@ -72,3 +72,24 @@ def test_schedule_rises_stays_and_falls_to_zero():
     assert factors[700] == pytest.approx(0.5)
     assert factors[1000] == 0
     assert learning_rate_factor(1.2) == 0
+
+
+def test_ngram_tables_take_plain_steps_sparse_or_dense():
+    """Each row moves by the rate times its gradient, however often it was read, and no other row moves."""
+    tables = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=1))
+        optimizers = build_optimizers(model, ngram_lr=3.0)
+        bag = model.encoder.ngrams.tables
+        assert bag.sparse  # on a CPU
+        bag.sparse = sparse
+        torch.nn.init.normal_(model.head.weight)
+        model(torch.tensor([[5, 6, 5, 6, 5, 6]]))[..., 3:].logsumexp(-1).sum().backward()
+        gradient, before = bag.weight.grad.to_dense().clone(), bag.weight.detach().clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.allclose(bag.weight, before - 3.0 * gradient, atol=1e-6)
+        assert 0 < (gradient.abs().sum(1) > 0).sum() <= 6 * len(model.encoder.ngrams.first_rows)
+        tables.append(bag.weight.detach())
+    assert torch.allclose(*tables, atol=1e-6)
