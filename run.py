@@ -18,7 +18,7 @@ from optim import build_optimizers
 from parallel import Processes
 
 VALIDATION_CHARS = 1 << 14  # scored at each validation inside the loop: evenly spaced windows, the same every time
-NGRAM_LR = 0.15  # an n-gram's vector moves so many times the gradient of each token it helps to predict
+NGRAM_LR = {"gpt": 0.15, "llada": 0.75}  # an n-gram's vector moves so many times each token's gradient
 MUON_LR_RATIO = 10 / 3  # peak learning rate of Muon, and of the embeddings, over that of AdamW
 
 
@@ -60,8 +60,9 @@ class Run:
         self.model.to(self.processes.device)
         larger = MUON_LR_RATIO * settings.lr
         use_muon = settings.optimizer == "muon"
+        ngram_lr = NGRAM_LR[self.model.name] * self.tokens_per_step  # losses are means over that many
         self.optimizers = build_optimizers(
-            self.model, settings.lr, larger, larger, NGRAM_LR * self.tokens_per_step, settings.weight_decay, use_muon
+            self.model, settings.lr, larger, larger, ngram_lr, settings.weight_decay, use_muon
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
         train_ids, self.val_ids = self.corpus.split(self.val_fraction)
