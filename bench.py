@@ -1,6 +1,6 @@
 """Speed, measured in pairs: A B A B ... in one run, so that a busy moment of the machine meets both.
 
-    python bench.py train|budget|muon|generate|sample|crossing [--quick]
+    python bench.py train|budget|muon|generate|sample|blocks|crossing [--quick]
 
 Each line gives the ratio of the medians and, in brackets, the smallest and largest ratio of a single pair. The machine
 is timed before and after: a bench during which its speed changed by more than a fifth says so.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import race
 import throughput
 from console import Parser, number, run, say
-from frontier import crossing, frontier
+from frontier import blocks, crossing, frontier
 from model import MODELS
 
 Row = tuple[str, ...]  # one line of a bench's table; the first row a bench yields is the heading
@@ -88,6 +88,11 @@ def bench_sample(args: argparse.Namespace) -> Iterator[Row]:
     return frontier(seconds, 16, 1, lengths=(128,)) if args.quick else frontier(seconds, 64, 1, lengths=(128, 256))
 
 
+def bench_blocks(args: argparse.Namespace) -> Iterator[Row]:
+    """Blocks from left to right: what they buy, and what it costs not to read the masks that come after the block."""
+    return blocks(seconds, 8 if args.quick else 64)
+
+
 def bench_crossing(args: argparse.Namespace) -> Iterator[Row]:
     """Characters/s of LLaDA and of GPT with its cache, by length, batch and size of the network."""
     return crossing(seconds, rounds=3 if args.quick else 7)
@@ -122,6 +127,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "muon": bench_muon,
     "generate": bench_generate,
     "sample": bench_sample,
+    "blocks": bench_blocks,
     "crossing": bench_crossing,
 }
 

@@ -18,10 +18,10 @@ from autoregressive import decode, exact_nll
 from checkpoint import Checkpoint, find_checkpoints, load_checkpoint, newest_checkpoint
 from console import track
 from data import load_corpus, validation_windows
-from likelihood import Likelihood, Policy, policy_likelihood, standard_error
+from likelihood import Likelihood, Policy, Predict, policy_likelihood, standard_error
 from model import GPT, GPTConfig, LLaDAConfig, LLaDAModel
 from sampler import reverse_process
-from templates import mask_predictor
+from templates import STRIDE, mask_predictor
 from tokenizer import END_ID, MASK_ID, START_ID
 from unmasking import UnmaskingPolicy
 
@@ -96,7 +96,7 @@ def held_out(checkpoint: Checkpoint, T: int, windows: int) -> Tensor:
     return texts[torch.linspace(0, len(texts) - 1, min(windows, len(texts))).long()]
 
 
-def price(model: LLaDAModel, texts: Tensor, policy: UnmaskingPolicy) -> tuple[Likelihood, float]:
+def price(model: Predict, texts: Tensor, policy: UnmaskingPolicy) -> tuple[Likelihood, float]:
     """Exact likelihood of texts (N, T) under the policy, and its mean number of evaluations."""
     likelihood, nfe = policy_likelihood(model, texts, forced(policy, torch.Generator().manual_seed(0)), MASK_ID)
     return likelihood, float(nfe.double().mean())
@@ -146,6 +146,39 @@ def gpt_texts(model: GPT, T: int, B: int) -> list[Tensor]:
     """B texts of T characters, drawn by GPT with its cache."""
     slide = max(1, model.config.block_size // 2)
     return list(decode(model, [torch.tensor([START_ID])] * B, max_out_tokens=T, slide=slide))
+
+
+# ------------------------------------------------------------------------------------------------- blocks
+def blocks(seconds: Seconds, windows: int) -> Iterator[tuple]:
+    """Rows of the table: sweeps in blocks from left to right, with the masks after the block computed or cut off.
+
+    `ahead`: how many of those masks the network still reads. Quality as in `frontier`, against the same blocks with all
+    masks read; the time is that of pricing the windows, where every policy does the same work besides the network's.
+    """
+    checkpoint = load_checkpoint(newest_checkpoint("out", "llada"))
+    model, T = checkpoint.model, checkpoint.model.config.block_size
+    texts = held_out(checkpoint, T, windows)
+    yield ("block", "ahead", "evaluations", "bits/char", "difference", "s")
+    for length in (T, T // 2, T // 4, T // 8):
+        policy, reference = UnmaskingPolicy(STRIDE * T // length, "sweep", block_length=length), None
+        for ahead in (T, 64, 16, 0) if length < T else (T,):
+            result: list[tuple[Likelihood, float]] = []
+            time = seconds(lambda a=ahead, n=length, p=policy, r=result: r.append(price(cut(model, n, a), texts, p)))
+            [(likelihood, nfe)] = result
+            reference = reference or likelihood
+            yield (str(length), "all" if ahead == T else str(ahead), f"{nfe:.0f}", f"{bits(likelihood):.3f}",
+                   difference(likelihood, reference), f"{time:.1f}")  # fmt: skip
+
+
+def cut(model: LLaDAModel, block_length: int, ahead: int) -> Predict:
+    """A predictor that reads only `ahead` columns beyond the block that holds the first mask; -inf beyond those."""
+
+    def predict(tokens: Tensor) -> Tensor:
+        T, first = tokens.shape[1], int((tokens == MASK_ID).long().argmax(1).min())
+        end = min(T, (first // block_length + 1) * block_length + ahead)
+        return torch.nn.functional.pad(model(tokens[:, :end]), (0, 0, 0, T - end), value=-torch.inf)
+
+    return predict
 
 
 # ------------------------------------------------------------------------------------------------- crossing
