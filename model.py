@@ -23,7 +23,6 @@ NGRAMS = {  # causal? -> the offsets of the tokens that make each kind of n-gram
     False: ((-1, 0), (0, 1), (-1, 0, 1), (-2, -1, 0), (0, 1, 2)),
 }
 REACH = -min(map(min, NGRAMS[True]))  # how far back GPT's n-grams look
-NGRAM_ROWS = 65521  # of each table, a prime: two tokens of up to 255 kinds never share a row, longer n-grams may
 
 
 @dataclass
@@ -38,9 +37,10 @@ class TransformerConfig:
     dropout: float = 0.0
     arch: str = "rotary"  # or "vanilla"
     ngram_dropout: float = 0.0  # of the n-gram tables, which overfit first
+    ngram_rows: int = 65521  # of each table, a prime: pairs of up to 255 tokens never share a row, longer n-grams may
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer"):
+        for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer", "ngram_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
@@ -144,21 +144,21 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 class NgramEmbedding(nn.Module):
     """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero.
 
-    The row of an n-gram is the number that its tokens spell in base V, modulo NGRAM_ROWS. Every kind has its own table:
-    a rare long n-gram may share a row with other rare ones, but not with a frequent short one.
+    The row of an n-gram is the number that its tokens spell in base V, modulo the rows. Every kind has its own table: a
+    rare long n-gram may share a row with other rare ones, but not with a frequent short one.
     """
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
-        kinds = NGRAMS[causal]
+        kinds, self.rows = NGRAMS[causal], config.ngram_rows
         self.left, self.right = -min(map(min, kinds)), max(map(max, kinds))
         digits = torch.zeros(len(kinds), self.left + 1 + self.right, dtype=torch.long)  # (n, W) what a token counts
         for row, offsets in zip(digits, kinds, strict=True):
             for place, offset in enumerate(reversed(offsets)):
-                row[self.left + offset] = pow(config.vocab_size, place, NGRAM_ROWS)
+                row[self.left + offset] = pow(config.vocab_size, place, self.rows)
         self.register_buffer("digits", digits, persistent=False)
-        self.register_buffer("first_rows", NGRAM_ROWS * torch.arange(len(kinds)), persistent=False)
-        self.tables = nn.EmbeddingBag(NGRAM_ROWS * len(kinds), config.n_embd, mode="sum")
+        self.register_buffer("first_rows", self.rows * torch.arange(len(kinds)), persistent=False)
+        self.tables = nn.EmbeddingBag(self.rows * len(kinds), config.n_embd, mode="sum")
         nn.init.zeros_(self.tables.weight)
         self.dropout = nn.Dropout(config.ngram_dropout)
 
@@ -171,7 +171,7 @@ class NgramEmbedding(nn.Module):
             tokens = torch.cat([before, tokens], dim=1)
             before.copy_(tokens[:, T:])
         windows = tokens.unfold(1, self.left + 1 + self.right, 1)  # (B, T, W)
-        rows = (windows[:, :, None] * self.digits).sum(-1) % NGRAM_ROWS + self.first_rows  # (B, T, n)
+        rows = (windows[:, :, None] * self.digits).sum(-1) % self.rows + self.first_rows  # (B, T, n)
         return self.dropout(self.tables(rows.flatten(0, 1)).view(B, T, -1))
 
 

@@ -203,6 +203,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--block-size", type=POSITIVE_INT, help="context, in characters")
     add("--dropout", type=number(float, low=0, below=1))
     add("--ngram-dropout", type=number(float, low=0, below=1), help="of the n-gram tables, which overfit first")
+    add("--ngram-rows", type=POSITIVE_INT, help="of each n-gram table; best a prime")
     add("--batch-size", type=POSITIVE_INT, help="windows a step, over all processes and micro-batches")
     add("--accumulate", type=POSITIVE_INT, help="micro-batches a step: less memory, same result")
     add("--optimizer", choices=("muon", "adamw"), help="of the blocks' matrices (default: muon; AdamW has the rest)")

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "4"]
+TINY = [
+    *("--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16"),
+    *("--ngram-rows", "101", "--batch-size", "4"),
+]
 
 
 @pytest.fixture(autouse=True)

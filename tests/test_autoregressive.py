@@ -14,7 +14,7 @@ START = torch.tensor([START_ID])
 
 def lively_gpt(vocab_size=12, block_size=10, arch="rotary", seed=0, scale=0.35) -> GPT:
     """A small GPT with random weights everywhere (a fresh one predicts the same whatever it reads)."""
-    model = GPT(GPTConfig(vocab_size, block_size, n_embd=16, n_head=2, n_layer=2, arch=arch)).eval()
+    model = GPT(GPTConfig(vocab_size, block_size, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

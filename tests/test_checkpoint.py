@@ -12,7 +12,8 @@ from tokenizer import SimpleTokenizer
 
 def small(name: str = "gpt", arch: str = "rotary") -> Checkpoint:
     tokenizer = SimpleTokenizer("abc")
-    model = MODELS[name](CONFIGS[name](tokenizer.vocab_size, 8, n_embd=8, n_head=2, n_layer=1, arch=arch))
+    config = CONFIGS[name](tokenizer.vocab_size, 8, n_embd=8, n_head=2, n_layer=1, arch=arch, ngram_rows=101)
+    model = MODELS[name](config)
     corpus = {"name": "x", "sha256": "0", "val_fraction": 0.1}
     return Checkpoint(model, tokenizer, corpus, 3, [{"step": 3, "val_loss": 1.5}], {"generator": torch.arange(3)})
 

@@ -61,7 +61,7 @@ def runs(tmp_path_factory) -> Path:
     corpus = load_corpus(str(folder / "text.txt"))
     for seed, name in enumerate(MODELS):
         torch.manual_seed(seed)
-        config = CONFIGS[name](corpus.tokenizer.vocab_size, T, n_embd=16, n_head=2, n_layer=1)
+        config = CONFIGS[name](corpus.tokenizer.vocab_size, T, n_embd=16, n_head=2, n_layer=1, ngram_rows=101)
         history = [
             {"step": s, "tokens": 100 * s, "seconds": 1.0 * s, "train_loss": 4 / s, "val_loss": 4 / s + 0.1, "lr": 0.1}
             for s in range(1, 8)

@@ -26,7 +26,8 @@ BLOCK_SIZE = 24
 
 def tiny_model(name: str, seed: int = 0):
     """Random weights everywhere, so that what it writes depends on what it reads; [END] is next to impossible."""
-    model = MODELS[name](CONFIGS[name](TOKENIZER.vocab_size, BLOCK_SIZE, n_embd=16, n_head=2, n_layer=2)).eval()
+    config = CONFIGS[name](TOKENIZER.vocab_size, BLOCK_SIZE, n_embd=16, n_head=2, n_layer=2, ngram_rows=101)
+    model = MODELS[name](config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

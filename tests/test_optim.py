@@ -52,7 +52,7 @@ def test_tall_matrices_move_further():
 
 @pytest.mark.parametrize("arch", ["rotary", "vanilla"])
 def test_every_parameter_has_exactly_one_optimizer(arch):
-    model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=2, arch=arch))
+    model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101))
     optimizers = build_optimizers(model)
     owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters()))
@@ -79,7 +79,7 @@ def test_ngram_tables_take_plain_steps_sparse_or_dense():
     tables = []
     for sparse in (True, False):
         torch.manual_seed(0)
-        model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=1))
+        model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101))
         optimizers = build_optimizers(model, ngram_lr=3.0)
         bag = model.encoder.ngrams.tables
         assert bag.sparse  # on a CPU

@@ -358,7 +358,7 @@ def test_adaptive_rules_at_their_boundaries():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = LLaDAModel(LLaDAConfig(vocab_size=12, block_size=48, n_embd=16, n_head=2, n_layer=2)).eval()
+    model = LLaDAModel(LLaDAConfig(vocab_size=12, block_size=48, n_embd=16, n_head=2, n_layer=2, ngram_rows=101)).eval()
     for parameter in model.parameters():  # some start at zero
         torch.nn.init.normal_(parameter, std=0.3)
     return model

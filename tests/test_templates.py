@@ -13,7 +13,7 @@ TOKENIZER = SimpleTokenizer("abcdefgh [MASK*]")
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = LLaDAConfig(vocab_size=TOKENIZER.vocab_size, block_size=16, n_embd=16, n_head=2, n_layer=1)
+    config = LLaDAConfig(vocab_size=TOKENIZER.vocab_size, block_size=16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101)
     model = LLaDAModel(config).eval()
     for parameter in model.parameters():  # some start at zero
         torch.nn.init.normal_(parameter, std=0.2)

@@ -81,7 +81,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, corpus_file, 
 def small_run(name: str, corpus_file, **settings) -> Run:
     corpus = load_corpus(str(corpus_file))
     torch.manual_seed(0)
-    model = MODELS[name](CONFIGS[name](corpus.tokenizer.vocab_size, 16, n_embd=16, n_head=2, n_layer=1))
+    model = MODELS[name](CONFIGS[name](corpus.tokenizer.vocab_size, 16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return Run(model, corpus, 0.2, Settings(batch_size=8, **settings), Processes("cpu"))
