@@ -200,21 +200,15 @@ class NeighbourConvolution(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with RoPE and QK-norm; no biases, no dropout inside; the projection starts at zero."""
 
-    def __init__(self, config: TransformerConfig, causal: bool):
+    def __init__(self, config: TransformerConfig, causal: bool, layer: int):
         super().__init__()
-        self.n_head, self.causal = config.n_head, causal
+        self.n_head, self.causal, self.layer = config.n_head, causal, layer
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         nn.init.zeros_(self.proj.weight)
 
     def forward(
-        self,
-        x: Tensor,
-        rotations: Tensor,
-        pad: Tensor | None,
-        cache: KeyValueCache | None,
-        layer: int,
-        at: Tensor | None = None,
+        self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, at: Tensor | None
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (N, C) for the N positions where `at` (B, T) is true."""
         (B, T, C), H = x.shape, self.n_head
@@ -224,7 +218,7 @@ class Attention(nn.Module):
         offset = 0
         if cache is not None:
             offset = cache.length
-            k, v = cache.extend(layer, k, v)
+            k, v = cache.extend(self.layer, k, v)
         if self.causal and offset == 0 and pad is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -250,25 +244,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: convolution over neighbours, attention, MLP, each added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig, causal: bool):
+    def __init__(self, config: TransformerConfig, causal: bool, layer: int):
         super().__init__()
+        self.layer = layer
         self.conv = NeighbourConvolution(config, causal)
-        self.attention = Attention(config, causal)
+        self.attention = Attention(config, causal, layer)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        rotations: Tensor,
-        pad: Tensor | None,
-        cache: KeyValueCache | None,
-        layer: int,
-        at: Tensor | None = None,
+        self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, at: Tensor | None
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (N, C) for the N positions where `at` (B, T) is true."""
-        x = x + self.conv(x, cache.inputs[layer] if cache is not None else None)
-        x = (x if at is None else x[at]) + self.dropout(self.attention(norm(x), rotations, pad, cache, layer, at))
+        x = x + self.conv(x, cache.inputs[self.layer] if cache is not None else None)
+        x = (x if at is None else x[at]) + self.dropout(self.attention(norm(x), rotations, pad, cache, at))
         return x + self.dropout(self.mlp(norm(x)))
 
 
@@ -279,16 +268,12 @@ class RotaryEncoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.ngrams = NgramEmbedding(config, causal)
-        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, causal, layer) for layer in range(config.n_layer))
         rotations = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("rotations", rotations, persistent=False)
 
     def forward(
-        self,
-        tokens: Tensor,
-        pad: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        at: Tensor | None = None,
+        self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None, at: Tensor | None = None
     ) -> Tensor:
         offset, T = (cache.length if cache is not None else 0), tokens.shape[1]
         rotations = self.rotations[offset : offset + T]  # (T, D/2)
@@ -297,9 +282,10 @@ class RotaryEncoder(nn.Module):
             real = (torch.arange(offset, offset + T, device=tokens.device) >= pad[:, None])[..., None]  # (B, T, 1)
             tokens = tokens * real[..., 0]
         x = norm(self.embedding(tokens) + self.ngrams(tokens, cache.tokens if cache is not None else None))
-        last = len(self.blocks) - 1  # whose projections and MLP are only paid for where they are used
-        for layer, block in enumerate(self.blocks):
-            x = block(x if real is None else x * real, rotations, pad, cache, layer, at if layer == last else None)
+        for block in self.blocks:
+            x = x if real is None else x * real
+            # The last projection and MLP are only paid for where they are used.
+            x = block(x, rotations, pad, cache, at if block is self.blocks[-1] else None)
         if cache is not None:
             cache.length += T
         return norm(x)
@@ -341,11 +327,7 @@ class VanillaEncoder(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
 
     def forward(
-        self,
-        tokens: Tensor,
-        pad: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        at: Tensor | None = None,
+        self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None, at: Tensor | None = None
     ) -> Tensor:
         if cache is not None:
             raise ValueError('arch="vanilla" has no key/value cache: nn.TransformerEncoder cannot use one')

@@ -18,7 +18,6 @@ from optim import build_optimizers
 from parallel import Processes
 
 VALIDATION_CHARS = 1 << 14  # scored at each validation inside the loop: evenly spaced windows, the same every time
-NGRAM_LR = {"gpt": 0.15, "llada": 0.75}  # an n-gram's vector moves so many times each token's gradient
 MUON_LR_RATIO = 10 / 3  # peak learning rate of Muon, and of the embeddings, over that of AdamW
 
 
@@ -30,6 +29,7 @@ class Settings:
     accumulate: int = 1  # micro-batches a step
     optimizer: str = "muon"  # for the blocks' matrices; "adamw" for everything
     lr: float = 0.006  # AdamW's peak; Muon's follows in proportion
+    ngram_lr: float = 0.15  # peak rate of the n-gram tables on a token's loss: a row moves so far each time it is met
     weight_decay: float = 0.0
     steps: int | None = None  # the schedule counts steps,
     minutes: float | None = None  # or follows the clock
@@ -60,7 +60,7 @@ class Run:
         self.model.to(self.processes.device)
         larger = MUON_LR_RATIO * settings.lr
         use_muon = settings.optimizer == "muon"
-        ngram_lr = NGRAM_LR[self.model.name] * self.tokens_per_step  # losses are means over that many
+        ngram_lr = settings.ngram_lr * self.tokens_per_step  # a step's loss is the mean over so many
         self.optimizers = build_optimizers(
             self.model, settings.lr, larger, larger, ngram_lr, settings.weight_decay, use_muon
         )

@@ -36,14 +36,20 @@ T_POWER = 2.0  # t = u^2: lightly masked windows are the noisy ones (a token wei
 PRESETS = {
     "laptop": {"n_layer": 4, "n_head": 2, "block_size": 256, "batch_size": 8, "minutes": 2.75},
     "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "steps": 5000,
-            "dropout": 0.2, "weight_decay": 0.1},
+            "dropout": 0.2, "weight_decay": 0.1, "ngram_lr": 0.004},
 }  # fmt: skip
 
-LAPTOP_SIZES = (  # up to so many minutes: more time pays for more width; of GPT, it also asks for more regularization
-    (1.0, {"n_embd": 64}, {}),
-    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}),
-    (float("inf"), {"n_embd": 128, "batch_size": 16}, {"ngram_dropout": 0.2, "dropout": 0.1, "weight_decay": 0.1}),
-)  # LLaDA never sees the same masks twice: for as long as this was tried, dropout only cost it
+# Up to so many minutes: sizes, and what is LLaDA's and GPT's alone. More time pays for more width. It also means more
+# epochs: the n-gram tables, which learn a text by heart, then take smaller steps. LLaDA never sees the same masks
+# twice: for as long as this was tried, dropout only cost it.
+LAPTOP_SIZES = (
+    (1.0, {"n_embd": 64}, {"llada": {"ngram_lr": 0.75}, "gpt": {}}),
+    (6.0, {"n_embd": 96}, {"llada": {"ngram_lr": 0.75}, "gpt": {"ngram_dropout": 0.2}}),
+    (float("inf"), {"n_embd": 128, "batch_size": 16}, {
+        "llada": {"ngram_lr": 0.3},
+        "gpt": {"ngram_lr": 0.04, "ngram_dropout": 0.5, "weight_decay": 0.1},
+    }),
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- what is minimized
@@ -208,6 +214,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--accumulate", type=POSITIVE_INT, help="micro-batches a step: less memory, same result")
     add("--optimizer", choices=("muon", "adamw"), help="of the blocks' matrices (default: muon; AdamW has the rest)")
     add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's follows")
+    add("--ngram-lr", type=number(float, above=0), help="of the n-gram tables, on a token's loss: less for more epochs")
     add("--weight-decay", type=number(float, low=0), help="of the blocks' matrices")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=POSITIVE_INT)
@@ -238,8 +245,8 @@ def new_run(args: argparse.Namespace, processes: Processes) -> Run:
     preset, given = dict(PRESETS[name]), {k: v for k, v in vars(args).items() if v is not None}
     if name == "laptop":
         minutes = given.get("minutes", preset["minutes"])
-        sizes, for_gpt = next(row for limit, *row in LAPTOP_SIZES if minutes <= limit)
-        preset |= sizes | (for_gpt if args.model == "gpt" else {})
+        sizes, own = next(row for limit, *row in LAPTOP_SIZES if minutes <= limit)
+        preset |= sizes | own[args.model]
     if "steps" in given or "minutes" in given:
         del preset["steps" if "steps" in preset else "minutes"]
     chosen = {"compile": processes.device.type == "cuda"} | preset | given
