@@ -254,7 +254,7 @@ def main() -> None:
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--compare-estimators", action="store_true", help="only compare the bound's estimator with plain Monte Carlo")
     args = parser.parse_args()
-    checkpoints = choose(args.checkpoints, pick_device(args.device))
+    checkpoints = choose(args.checkpoints, pick_device(args.device, float64=True))
     corpus = same_corpus(next(iter(checkpoints.values())), args.data)
     evaluation = Evaluation(checkpoints, corpus, QUICK if args.quick else FULL, args.seed)
     if args.compare_estimators:

@@ -1,6 +1,6 @@
 """What a page costs: network evaluations, wall time and exact likelihood of LLaDA's policies, beside GPT with a cache.
 
-`python bench.py sample` and `python bench.py crossing` print what is measured here.
+`python bench.py sample`, `blocks` and `crossing` print what is measured here.
 
 Letters: T characters, B texts at once.
 """

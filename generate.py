@@ -1,6 +1,7 @@
 """Write text with a trained model: `python generate.py --help`."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", choices=MODELS, help="the newest of this kind")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--prompt", help="how the text begins (default: nothing)")
-    add("--length", type=POSITIVE_INT, help=f"characters to write (default: {LENGTH})")
+    add("--length", type=number(int, low=1, high=10**7), help=f"characters to write (default: {LENGTH})")
     add("--num-samples", type=POSITIVE_INT, metavar="N", help="texts to write (default: 1)")
     add("--seed", type=number(int, low=0, high=2**63 - 1), help="same seed, same text (default: 0)")
     add("--temperature", type=number(float, low=0), help="0 takes the likeliest token")
@@ -50,7 +51,7 @@ def add_llada_flags(parser: argparse.ArgumentParser) -> set[str]:
     add, rule = group.add_argument, group.add_mutually_exclusive_group().add_argument
     actions = [
         add("--infill", metavar="TEMPLATE", help='fill the holes of a text: "ROMEO: [MASK*12] love [MASK*20]"'),
-        add("--steps", type=POSITIVE_INT, metavar="K", help="network evaluations a window, at most"),
+        add("--steps", type=number(int, low=1, high=10**6), metavar="K", help="network evaluations a window, at most"),
         add("--order", choices=ORDERS, help="which characters are written first (default: sweep)"),
         add("--schedule", type=schedule, metavar="S", help=f"how many a step: {', '.join(SCHEDULES)}, or 8,8,16"),
         rule("--threshold", type=number(float, low=0, high=1), metavar="P", help="... and all that are so sure"),
@@ -81,7 +82,7 @@ def add_gpt_flags(parser: argparse.ArgumentParser, modes: argparse._MutuallyExcl
     actions = [
         add("--context-len", type=POSITIVE_INT, metavar="T", help="tokens it sees (default: the model's block_size)"),
         add("--stop", action="append", metavar="TEXT", help="end after this text; may be given several times"),
-        add("--length-penalty", type=number(float), metavar="A", help="beams: score = log p / length^A (default: 1)"),
+        add("--length-penalty", type=number(float, low=-10, high=10), metavar="A", help="beams: log p / length^A"),
         add("--early-stopping", choices=EARLY_STOPPING, help="beams: stop as soon as there are N texts (default: no)"),
         modes.add_argument("--beams", type=POSITIVE_INT, metavar="N", help="GPT: the likeliest text N beams find"),
     ]
@@ -110,7 +111,7 @@ def load(settings: dict, foreign: dict[str, set[str]]) -> GeneratorTransformer:
     """The model that the flags ask for. Raises ValueError if it is of the other kind, or a flag is."""
     name, path, device = (settings.pop(flag, None) for flag in ("model", "checkpoint", "device"))
     path = path or newest_checkpoint("out", name)
-    checkpoint = load_checkpoint(path, pick_device(device))
+    checkpoint = load_checkpoint(path, pick_device(device, float64=True))
     kind = checkpoint.model.name
     say(f"{path}: {kind}, step {checkpoint.step}")
     if name not in (None, kind):
@@ -140,8 +141,6 @@ def print_texts(writer: GeneratorTransformer, settings: dict) -> None:
 
 def print_written(writer: GeneratorTransformer, settings: dict) -> None:
     """What LLaDA writes into a template or after a prompt: one text as it settles, or several."""
-    if settings.get("remask") not in ("cap", "rescale", "loop"):
-        refuse(settings, ["eta"], "only with --remask cap, rescale or loop")
     num_samples, watching = settings.pop("num_samples", 1), settings.pop("watch", False)
     settings["generator"] = torch.Generator().manual_seed(settings.pop("seed", 0))
     template = template_of(settings, writer)
@@ -229,11 +228,14 @@ def answer_prompts(writer: GeneratorTransformer, settings: dict) -> None:
         pieces = stream_texts(writer.model, writer.tokenizer, [prompt], seed=seed + turn, **settings)
         return (piece for [piece] in pieces)
 
+    answer("", 0)  # raises here and now for what no turn would accept
     chat(answer)
 
 
 def speak(writer: GeneratorTransformer, settings: dict) -> None:
     """Whatever the flags ask for."""
+    if settings.get("remask") not in ("cap", "rescale", "loop"):
+        refuse(settings, ["eta"], "only with --remask cap, rescale or loop")
     if "top" in settings:
         print_next_tokens(writer, settings)
     elif "beams" in settings:
@@ -252,8 +254,8 @@ def main() -> None:
     try:
         speak(load(settings, foreign), settings)
     except ValueError as error:  # the library's words begin with the name of an argument: here it is a flag's
-        name, space, rest = str(error).partition(" ")
-        raise ValueError(("--" + name.replace("_", "-") if name in given else name) + space + rest) from None
+        name, mark, rest = re.match(r"(\w*)(\W?)(.*)", str(error), re.DOTALL).groups()
+        raise ValueError(("--" + name.replace("_", "-") if name in given else name) + mark + rest) from None
 
 
 if __name__ == "__main__":

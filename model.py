@@ -141,6 +141,11 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotations[:, None]).flatten(-2)
 
 
+def select(x: Tensor, at: Tensor | None) -> Tensor:
+    """x (B, T, C), or of its B T positions those with the numbers `at` (N,): (N, C)."""
+    return x if at is None else x.flatten(0, 1).index_select(0, at)
+
+
 class NgramEmbedding(nn.Module):
     """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero.
 
@@ -158,8 +163,8 @@ class NgramEmbedding(nn.Module):
                 row[self.left + offset] = pow(config.vocab_size, place, self.rows)
         self.register_buffer("digits", digits, persistent=False)
         self.register_buffer("first_rows", self.rows * torch.arange(len(kinds)), persistent=False)
-        self.tables = nn.EmbeddingBag(self.rows * len(kinds), config.n_embd, mode="sum")
-        nn.init.zeros_(self.tables.weight)
+        zeros = torch.zeros(self.rows * len(kinds), config.n_embd)
+        self.tables = nn.EmbeddingBag.from_pretrained(zeros, freeze=False, mode="sum")
         self.dropout = nn.Dropout(config.ngram_dropout)
 
     def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
@@ -210,7 +215,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, at: Tensor | None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (N, C) for the N positions where `at` (B, T) is true."""
+        """x (B, T, C) -> (B, T, C), or (N, C) of the positions `at` (N,), counted through all rows."""
         (B, T, C), H = x.shape, self.n_head
         qk, v = self.qkv(x).view(B, T, 3 * H, C // H).split((2 * H, H), dim=2)
         qk = rotate(norm(qk), rotations).to(v.dtype)  # QK-norm (arXiv 2302.05442), then RoPE
@@ -225,7 +230,7 @@ class Attention(nn.Module):
             mask = attention_mask(T, offset, pad, self.causal, x.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = out.transpose(1, 2).reshape(B, T, C)
-        return self.proj(out if at is None else out[at])
+        return self.proj(select(out, at))
 
 
 class MLP(nn.Module):
@@ -255,14 +260,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, at: Tensor | None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (N, C) for the N positions where `at` (B, T) is true."""
+        """x (B, T, C) -> (B, T, C), or (N, C) of the positions `at` (N,), counted through all rows."""
         x = x + self.conv(x, cache.inputs[self.layer] if cache is not None else None)
-        x = (x if at is None else x[at]) + self.dropout(self.attention(norm(x), rotations, pad, cache, at))
+        x = select(x, at) + self.dropout(self.attention(norm(x), rotations, pad, cache, at))
         return x + self.dropout(self.mlp(norm(x)))
 
 
 class RotaryEncoder(nn.Module):
-    """Tokens (B, T) -> hidden states (B, T, C), or (N, C) where `at` (B, T) is true: the modern stack, the default."""
+    """Tokens (B, T) -> hidden states (B, T, C), or (N, C) at the positions `at` (N,): the modern stack, the default."""
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
@@ -313,8 +318,8 @@ class PositionalEncoding(nn.Module):
 
 
 class VanillaEncoder(nn.Module):
-    """Tokens (B, T) -> hidden states (B, T, C), or (N, C) where `at` is true: PyTorch's textbook encoder, the readable
-    reference and yardstick."""
+    """Tokens (B, T) -> hidden states (B, T, C), or (N, C) at the positions `at` (N,): PyTorch's textbook encoder, the
+    readable reference and yardstick."""
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
@@ -337,8 +342,7 @@ class VanillaEncoder(nn.Module):
             mask = ~mask  # nn.TransformerEncoder marks what may NOT be seen, (T, T) or (B * H, T, T)
             if mask.dim() == 4:
                 mask = mask.expand(-1, self.n_head, -1, -1).flatten(0, 1)
-        hidden = self.encoder(x, mask=mask)
-        return hidden if at is None else hidden[at]
+        return select(self.encoder(x, mask=mask), at)
 
 
 ENCODERS = {"rotary": RotaryEncoder, "vanilla": VanillaEncoder}
@@ -375,6 +379,8 @@ class Transformer(nn.Module):
         T = tokens.shape[1] + (cache.length if cache is not None else 0)
         if T > self.config.block_size:
             raise ValueError(f"{T} positions do not fit the model's block_size of {self.config.block_size}")
+        if at is not None:  # as numbers: a compiled encoder wants no shapes that depend on data
+            at = at.flatten().nonzero()[:, 0]
         hidden = self.encoder(tokens, pad, cache, at)  # (B, T, C) or (N, C)
         return self.head(hidden).float().masked_fill(self.never, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""Optimizers and the learning-rate schedule: Muon for the matrices of the blocks, AdamW for everything else."""
+"""Optimizers and the learning-rate schedule: Muon for the blocks' matrices, SGD for n-grams, AdamW for the rest."""
 
 from collections import defaultdict
 
@@ -89,10 +89,7 @@ def build_optimizers(
     fused = [weight for name, weight in linear.items() if name.endswith("qkv")]
     single = [weight for name, weight in linear.items() if not name.endswith("qkv")]
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)] if linear else []
-    bags = [m for m in model.modules() if isinstance(m, nn.EmbeddingBag)]
-    for bag in bags:  # a step touches few of their rows; the GPUs' libraries want dense gradients
-        bag.sparse = bag.weight.is_cpu
-    tables = [bag.weight for bag in bags]
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)]  # of n-grams
     chosen = {id(p) for p in [*fused, *single, *embeddings, *tables]}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in chosen]},

@@ -100,6 +100,8 @@ def width(metrics: dict) -> str:
     if not llada or not llada["ci95"] or llada["ci95_of_masks"] is None:
         return ""
     half, masks = (llada["ci95"][1] - llada["ci95"][0]) / 2, llada["ci95_of_masks"]
+    if masks > half:  # an upper estimate, as it does not know of the strata
+        return ""
     return (
         f"The half-width of LLaDA's interval is {half:.4f} nats/char over {llada['windows']:,} windows. The masks that "
         f"were drawn account for {masks:.4f} of it (added in squares); the rest is how much the windows of this text "

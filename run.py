@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import Checkpoint, copy_checkpoint, save_checkpoint
 from console import say
@@ -27,9 +27,9 @@ class Settings:
 
     batch_size: int = 16  # windows a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches a step
-    optimizer: str = "muon"  # for the blocks' matrices; "adamw" for everything
-    lr: float = 0.006  # AdamW's peak; Muon's follows in proportion
-    ngram_lr: float = 0.15  # peak rate of the n-gram tables on a token's loss: a row moves so far each time it is met
+    optimizer: str = "muon"  # or "adamw", for the blocks' matrices
+    lr: float = 0.006  # AdamW's peak; Muon's and that of the embeddings follow in proportion
+    ngram_lr: float = 0.15  # the n-gram tables' peak: a row moves so many times the gradient of each token that met it
     weight_decay: float = 0.0
     steps: int | None = None  # the schedule counts steps,
     minutes: float | None = None  # or follows the clock
@@ -58,6 +58,9 @@ class Run:
         if settings.batch_size % parts:
             raise ValueError(f"--batch-size {settings.batch_size} cannot be shared by {parts} equal micro-batches")
         self.model.to(self.processes.device)
+        for module in self.model.modules():
+            if isinstance(module, nn.EmbeddingBag):  # a step touches few rows; GPUs' libraries and compilers want all
+                module.sparse = self.processes.device.type == "cpu" and not settings.compile
         larger = MUON_LR_RATIO * settings.lr
         use_muon = settings.optimizer == "muon"
         ngram_lr = settings.ngram_lr * self.tokens_per_step  # a step's loss is the mean over so many
@@ -119,8 +122,9 @@ class Keeper:
     A run that was in `folder` before is moved aside, not overwritten, once there is something to put in its place.
     """
 
-    def __init__(self, run: Run, folder: Path, resumed: bool, clock: Callable[[], float]):
-        self.run, self.folder, self.fresh, self.clock = run, folder, not resumed, clock
+    def __init__(self, run: Run, folder: Path, resumed_from: Path | None, clock: Callable[[], float]):
+        self.run, self.folder, self.clock = run, folder, clock
+        self.fresh = resumed_from is None or resumed_from.resolve().parent != folder.resolve()
 
     def on_validation(self, record: dict) -> None:
         """Keep the state of this validation."""

@@ -19,7 +19,7 @@ from model import Transformer
 from quality import NGramModel, character_entropy, distinct_share, longest_copied_span, real_word_share, words
 from sampler import reverse_process
 from templates import STRIDE
-from tokenizer import MASK_ID, SPECIAL_TOKENS, START_ID, SimpleTokenizer
+from tokenizer import MASK_ID, PAD_ID, SPECIAL_TOKENS, START_ID, SimpleTokenizer
 from unmasking import UnmaskingPolicy
 
 ORDER = "sweep"  # in the gallery: positions written together stand far apart, the order that loses least in few steps
@@ -203,7 +203,10 @@ def examine_infilling(
                 tick(length * len(windows))
             else:
                 opened = torch.nn.functional.pad(windows[:, :start], (1, 0), value=START_ID)
-                found = torch.stack(list(decode(model, list(opened), max_out_tokens=length, temperature=0.0)), 1)
+                written = decode(model, list(opened), max_out_tokens=length, temperature=0.0)
+                found = torch.full_like(windows[:, span], PAD_ID)  # where all rows have ended
+                for i, column in enumerate(written):
+                    found[:, i] = column
                 tick(len(windows))
             right = (found == windows[:, span]).double().cpu()  # (N, length)
             share, whole = right.mean(1), right.all(1).double()

@@ -21,7 +21,7 @@ from tokenizer import END_ID, MASK_ID, PAD_ID, SimpleTokenizer
 from unmasking import STRATA, left_padding
 
 STRIDE = 16  # characters written together are so far apart, and a window costs so many network evaluations
-HOLE = re.compile(r"\[MASK(?:\*(\d+))?\]")
+HOLE = re.compile(r"\[MASK(?:\*(\d{1,7}))?\]")  # of fewer than ten million characters
 
 
 def parse_template(template: str, tokenizer: SimpleTokenizer) -> Tensor:

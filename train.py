@@ -22,7 +22,7 @@ from checkpoint import load_checkpoint
 from console import POSITIVE_INT, Parser, deferred_interrupt, number, progress, say
 from data import load_corpus, validation_windows
 from diffusion import compute_llada_loss, density_of_t, forward_process, sample_t
-from examine import score
+from examine import finite, score
 from likelihood import Likelihood
 from model import CONFIGS, ENCODERS, MODELS
 from optim import learning_rate_factor, set_learning_rate
@@ -176,7 +176,7 @@ def summarize(run: Run, steps: int, seconds: float) -> dict:
         "tokens_per_second": recent / seconds,
         "flops_per_second": flops_per_token * recent / seconds,
         "nats_per_char": result.nats_per_char,
-        "ci95": list(result.ci95),
+        "ci95": finite(result.ci95),
         "is_bound": result.is_bound,
         "chars": int(result.lengths.sum()),
     }
@@ -189,8 +189,9 @@ def report(summary: dict) -> None:
         "(Chinchilla's optimum is about 20)".format(**summary))  # fmt: skip
     say("{flops:.3g} FLOPs = {pfs_days:.2g} petaFLOP/s-days, at {tokens_per_second:,.0f} tokens/s = ".format(**summary)
         + f"{summary['flops_per_second'] / 1e9:.1f} GFLOP/s")  # fmt: skip
-    say("validation: {nats_per_char:.4f} nats/char, {kind}, on {chars:,} characters "
-        "(95 % interval {ci95[0]:.4f}..{ci95[1]:.4f} over windows)".format(kind=kind, **summary))  # fmt: skip
+    interval = summary["ci95"] and " (95 % interval {:.4f}..{:.4f} over windows)".format(*summary["ci95"])
+    say("validation: {nats_per_char:.4f} nats/char, {kind}, on {chars:,} characters".format(kind=kind, **summary)
+        + (interval or ""))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -212,8 +213,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--ngram-rows", type=POSITIVE_INT, help="of each n-gram table; best a prime")
     add("--batch-size", type=POSITIVE_INT, help="windows a step, over all processes and micro-batches")
     add("--accumulate", type=POSITIVE_INT, help="micro-batches a step: less memory, same result")
-    add("--optimizer", choices=("muon", "adamw"), help="of the blocks' matrices (default: muon; AdamW has the rest)")
-    add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's follows")
+    add("--optimizer", choices=("muon", "adamw"), help="of the blocks' matrices (default: muon)")
+    add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's and the embeddings' follow")
     add("--ngram-lr", type=number(float, above=0), help="of the n-gram tables, on a token's loss: less for more epochs")
     add("--weight-decay", type=number(float, low=0), help="of the blocks' matrices")
     length = parser.add_mutually_exclusive_group()
@@ -228,14 +229,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def pick_device(name: str | None) -> str:
-    """The named device, or the best there is. Raises ValueError for one this machine does not have."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+def pick_device(name: str | None, float64: bool = False) -> str:
+    """The named device, or the best there is; with `float64`, of those that can: text is drawn in it, and MPS cannot.
+
+    Raises ValueError for one this machine does not have.
+    """
+    mps = torch.backends.mps.is_available() and not float64
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}
     if name is None:
-        return next(device for device, here in available.items() if here)
-    if not available.get(name.split(":")[0], False):
-        here = ", ".join(device for device in available if available[device])
-        raise ValueError(f"--device {name}: not on this machine; it has {here}")
+        return next(device for device, count in counts.items() if count)
+    kind, _, index = name.partition(":")
+    if (index and not index.isdecimal()) or int(index or 0) >= counts.get(kind, 0):
+        here = ", ".join(device for device, count in counts.items() if count)
+        raise ValueError(f"--device {name}: not on this machine, or not able to do this; there is {here}")
     return name
 
 
@@ -255,6 +261,8 @@ def new_run(args: argparse.Namespace, processes: Processes) -> Run:
     if settings.steps and not settings.eval_every:
         settings.eval_every = max(1, settings.steps // 10)
     config = {k: chosen[k] for k in names(config_class) if k in chosen}
+    if chosen.get("arch") == "vanilla" and (for_tables := [k for k in given if k.startswith("ngram")]):
+        raise ValueError(f"--{for_tables[0].replace('_', '-')}: the vanilla network has no n-gram tables; drop it")
     corpus.check_windows(chosen.get("val_fraction", 0.2), config["block_size"])
     torch.manual_seed(settings.seed)  # initial weights and dropout
     model = MODELS[args.model](config_class(vocab_size=corpus.tokenizer.vocab_size, **config))
@@ -307,7 +315,8 @@ def main() -> None:
         if run.settings.compile:
             run.model.encoder.compile()
         folder, clock = args.out / run.model.name, lambda: time.monotonic() - start
-        keeper = Keeper(run, folder, args.resume is not None, clock)
+        resumed_from = None if args.resume is None else Path(args.resume or folder / "last.pt")
+        keeper = Keeper(run, folder, resumed_from, clock)
         say(f"{run.model.name}: {run.model.num_parameters():,} parameters on {run.corpus.name}, {processes}")
         with progress(1, "train", processes.is_main and sys.stderr.isatty()) as update:
 

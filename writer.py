@@ -54,6 +54,8 @@ def stream_texts(
         if stop:
             raise ValueError("stop: a LLaDA model writes the whole length at once, it cannot stop on the way")
         return stream_prompts(model, tokenizer, prompts, length, generator=generator, **settings)
+    if "" in stop:
+        raise ValueError("stop: the empty string stands everywhere; leave it out")
     longest = max(map(len, stop), default=0)
 
     def stopped(written: list[int]) -> bool:

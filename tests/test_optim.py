@@ -82,7 +82,6 @@ def test_ngram_tables_take_plain_steps_sparse_or_dense():
         model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101))
         optimizers = build_optimizers(model, ngram_lr=3.0)
         bag = model.encoder.ngrams.tables
-        assert bag.sparse  # on a CPU
         bag.sparse = sparse
         torch.nn.init.normal_(model.head.weight)
         model(torch.tensor([[5, 6, 5, 6, 5, 6]]))[..., 3:].logsumexp(-1).sum().backward()

@@ -124,6 +124,7 @@ def test_gpu_paths_compute_the_same_loss(corpus_file, model):
     assert all(p.grad.to_dense().isfinite().all() for p in run.model.parameters())
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
     assert rounded.item() != exact.item()
+    assert run.model.encoder.ngrams.tables.sparse  # on a CPU, not compiled
     run.model.encoder.compile(backend="aot_eager", fullgraph=True)
     assert compute_loss(model, run.model, batch).item() == pytest.approx(exact.item(), rel=1e-5)
 
@@ -229,6 +230,9 @@ def test_training_learns(command, corpus_file, tmp_path):
         (["--block-size", "10000000"], ["--block-size", "too few"]),
         (["--batch-size", "6", "--accumulate", "4"], ["--batch-size 6"]),
         (["--device", "quantum"], ["--device quantum", "cpu"]),
+        (["--device", "cpu:1"], ["--device cpu:1", "cpu"]),
+        (["--device", "cpu:foo"], ["--device cpu:foo", "cpu"]),
+        (["--arch", "vanilla", "--ngram-rows", "7"], ["--ngram-rows", "vanilla"]),
         (["--resume"], ["out/llada/last.pt", "no such checkpoint"]),
         (["--resume", "--lr", "1"], ["--lr", "drop it"]),
         (["--steps", "1", "--minutes", "1"], ["--minutes", "--steps"]),
