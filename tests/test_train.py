@@ -188,7 +188,11 @@ def test_a_new_run_moves_the_old_one_aside(command, corpus_file, tmp_path):
     first = weights(tmp_path / "out/llada/last.pt")
     command("train.py", *flags, "--seed", 2)
     assert all(torch.equal(v, weights(tmp_path / "out/llada.1/last.pt")[k]) for k, v in first.items())
-    assert any(not torch.equal(v, weights(tmp_path / "out/llada/last.pt")[k]) for k, v in first.items())
+    second = weights(tmp_path / "out/llada/last.pt")
+    assert any(not torch.equal(v, second[k]) for k, v in first.items())
+    command("train.py", "--resume", "out/llada.1/last.pt", "--steps", 4)
+    assert all(torch.equal(v, weights(tmp_path / "out/llada.2/last.pt")[k]) for k, v in second.items())
+    assert load_checkpoint(tmp_path / "out/llada/last.pt").step == 4
 
 
 def test_minutes_follow_the_clock(corpus_file):
