@@ -46,7 +46,7 @@ LAPTOP_SIZES = (
     (1.0, {"n_embd": 64}, {"llada": {"ngram_lr": 0.75}, "gpt": {}}),
     (6.0, {"n_embd": 96}, {"llada": {"ngram_lr": 0.75}, "gpt": {"ngram_dropout": 0.2}}),
     (float("inf"), {"n_embd": 128, "batch_size": 16}, {
-        "llada": {"ngram_lr": 0.3},
+        "llada": {"ngram_lr": 0.75},
         "gpt": {"ngram_lr": 0.04, "ngram_dropout": 0.5, "weight_decay": 0.1},
     }),
 )  # fmt: skip
