@@ -40,7 +40,7 @@ PRESETS = {
 }  # fmt: skip
 
 # Up to so many minutes: sizes, and what is LLaDA's and GPT's alone. More time pays for more width. It also means more
-# epochs: the n-gram tables, which learn a text by heart, then take smaller steps. LLaDA never sees the same masks
+# epochs: GPT's n-gram tables, which learn a text by heart, then take smaller steps. LLaDA never sees the same masks
 # twice: for as long as this was tried, dropout only cost it.
 LAPTOP_SIZES = (
     (1.0, {"n_embd": 64}, {"llada": {"ngram_lr": 0.75}, "gpt": {}}),
@@ -63,7 +63,7 @@ def make_batch(name: str, sequences: Tensor, generator: torch.Generator) -> tupl
 
 
 def compute_loss(name: str, model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """nats/token: exact for GPT, an upper bound for LLaDA, whose head is computed at masked positions only."""
+    """nats/token: exact for GPT, an upper bound for LLaDA, whose last MLP and head only see the masked positions."""
     if name == "gpt":
         inputs, targets = batch
         return compute_gpt_loss(model(inputs), targets)
