@@ -7,7 +7,7 @@ BAR = 0.05  # nats/char: a gap or trend worth acting on
 
 
 def interval(ci95: list[float] | None, digits: int = 3) -> str:
-    return "no interval: a single window" if ci95 is None else f"{ci95[0]:.{digits}f} to {ci95[1]:.{digits}f}"
+    return "no interval: too few windows" if ci95 is None else f"{ci95[0]:.{digits}f} to {ci95[1]:.{digits}f}"
 
 
 def listing(words: list[str]) -> str:
