@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from console import say
+from console import deferred_interrupt, say
 
 
 def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
@@ -22,8 +22,11 @@ def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
                 say(f"error: {error}")
                 continue
             print(prompt, end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
+            with deferred_interrupt() as stopping:  # between two pieces: raised anywhere, an interrupt can get lost
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+                    if stopping():
+                        raise KeyboardInterrupt
             print("\n", flush=True)
     except KeyboardInterrupt:
         say()
