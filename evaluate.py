@@ -251,7 +251,7 @@ def main() -> None:
     add("--quick", action="store_true", help="fewer windows, policies and samples: rougher figures, wider intervals")
     add("--data", metavar="NAME|FILE", help="where the text they were trained on is now (default: where it was)")
     add("--seed", type=number(int, low=0, high=2**63 - 1), default=0)
-    add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--device", help="cpu, cuda (default: the best there is)")
     add("--compare-estimators", action="store_true", help="only compare the bound's estimator with plain Monte Carlo")
     args = parser.parse_args()
     checkpoints = choose(args.checkpoints, pick_device(args.device, float64=True))

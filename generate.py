@@ -33,7 +33,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model (default: the newest under out/)")
     add("--model", choices=MODELS, help="the newest of this kind")
-    add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--device", help="cpu, cuda (default: the best there is)")
     add("--prompt", help="how the text begins (default: nothing)")
     add("--length", type=number(int, low=1, high=10**7), help=f"characters to write (default: {LENGTH})")
     add("--num-samples", type=POSITIVE_INT, metavar="N", help="texts to write (default: 1)")

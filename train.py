@@ -274,6 +274,11 @@ def names(dataclass: type) -> list[str]:
     return [f.name for f in fields(dataclass)]
 
 
+def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+    """The file --resume means, by default the run's last.pt; None for a fresh run."""
+    return None if args.resume is None else Path(args.resume or args.out / args.model / "last.pt")
+
+
 def resumed_run(args: argparse.Namespace, processes: Processes) -> Run:
     """The run of a checkpoint, with its own settings; only its end may be moved."""
     movable = {"model", "data", "steps", "minutes", "eval_every", "device", "out", "resume"}
@@ -281,7 +286,7 @@ def resumed_run(args: argparse.Namespace, processes: Processes) -> Run:
     if extra:
         flag = extra[0].replace("_", "-")
         raise ValueError(f"--{flag} cannot change when resuming: drop it (--steps or --minutes may move the end)")
-    checkpoint = load_checkpoint(args.resume or args.out / args.model / "last.pt")
+    checkpoint = load_checkpoint(checkpoint_to_resume(args))
     if not checkpoint.training:
         raise ValueError(f"{checkpoint.path}: holds no training state: cannot resume")
     settings = Settings(**checkpoint.training["settings"])
@@ -315,8 +320,7 @@ def main() -> None:
         if run.settings.compile:
             run.model.encoder.compile()
         folder, clock = args.out / run.model.name, lambda: time.monotonic() - start
-        resumed_from = None if args.resume is None else Path(args.resume or folder / "last.pt")
-        keeper = Keeper(run, folder, resumed_from, clock)
+        keeper = Keeper(run, folder, checkpoint_to_resume(args), clock)
         say(f"{run.model.name}: {run.model.num_parameters():,} parameters on {run.corpus.name}, {processes}")
         with progress(1, "train", processes.is_main and sys.stderr.isatty()) as update:
 
