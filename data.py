@@ -7,6 +7,7 @@ beside the text, so that the cost of training grows with the steps, not with the
 import codecs
 import hashlib
 import json
+import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,12 +66,18 @@ def download_tinyshakespeare(
 # ------------------------------------------------------------------------------------------------- corpora
 @dataclass
 class Corpus:
-    """A text as ids. `ids` is a 1-D unsigned tensor, in memory or memory-mapped; `sha256` is that of the UTF-8 text."""
+    """A text as ids: a 1-D unsigned tensor, in memory or in a `mapping`. `sha256` is that of the UTF-8 text."""
 
     name: str  # as the user would say it again: "tinyshakespeare", "pydoc" or a path
     sha256: str
     tokenizer: SimpleTokenizer
     ids: Tensor
+    mapping: mmap.mmap | None = None
+
+    def forget_pages(self) -> None:
+        """Give back what was read of a memory-mapped text: else each window leaves some pages in resident memory."""
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
     def split(self, val_fraction: float) -> tuple[Tensor, Tensor]:
         """By position: the first part trains, the last `val_fraction` validates; together they are the corpus."""
@@ -170,10 +177,12 @@ def map_file(path: Path, name: str) -> Corpus:
         with replacing(note_path) as temporary:
             temporary.write_text(json.dumps(note))
     tokenizer = SimpleTokenizer.from_dict(note["tokenizer"])
-    ids = np.memmap(ids_path, dtype=tokenizer.dtype, mode="c")  # copy-on-write: torch wants a writable array
+    with open(ids_path, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch wants a writable array
+    ids = np.frombuffer(mapping, dtype=tokenizer.dtype)
     if len(ids) != note["length"]:
         raise ValueError(f"{ids_path}: {len(ids)} ids, expected {note['length']}: delete it, it will be made again")
-    return Corpus(name, note["sha256"], tokenizer, torch.from_numpy(ids))
+    return Corpus(name, note["sha256"], tokenizer, torch.from_numpy(ids), mapping)
 
 
 def build_ids(path: Path, ids_path: Path) -> dict:

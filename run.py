@@ -77,6 +77,12 @@ class Run:
         """Of the global batch."""
         return self.settings.batch_size * self.model.config.block_size
 
+    def sample_windows(self) -> Tensor:
+        """(batch_size, T) windows of the training part for the next step."""
+        windows = self.train_set.sample(self.settings.batch_size, self.generator)
+        self.corpus.forget_pages()
+        return windows
+
     def progress(self, clock: float) -> float:
         """Share of the run that is done, 0..1, by steps or by the clock (seconds in this session)."""
         if self.settings.steps is not None:

@@ -75,7 +75,7 @@ def compute_loss(name: str, model: torch.nn.Module, batch: tuple[Tensor, ...]) -
 def train_step(run: Run, model: torch.nn.Module) -> Tensor:
     """One optimizer step on one global batch; returns its loss (nats/token), averaged over the processes."""
     settings, processes = run.settings, run.processes
-    batch = make_batch(run.model.name, run.train_set.sample(settings.batch_size, run.generator), run.generator)
+    batch = make_batch(run.model.name, run.sample_windows(), run.generator)
     total = torch.zeros((), device=processes.device)
     for part in range(settings.accumulate):
         with processes.local(model, last=part == settings.accumulate - 1), autocast(processes.device):

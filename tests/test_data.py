@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import mmap
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +145,31 @@ def test_large_texts_are_mapped_and_hold_the_same_ids(tmp_path, monkeypatch):
     changed = load_corpus(str(path))
     assert changed.tokenizer.decode(changed.ids[:18]) == "quite another text"
     assert json.loads(path.with_name("large.txt.ids.json").read_text())["sha256"] == changed.sha256
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of resident memory")
+def test_a_mapped_text_does_not_pile_up_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    path = tmp_path / "large.txt"
+    path.write_text("the king is dead, long live the king\n" * 2_000_000)  # 74 MB
+
+    def resident_megabytes() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 1e6
+
+    load_corpus(str(path))  # builds the ids
+    corpus, generator = load_corpus(str(path)), torch.Generator().manual_seed(0)
+    windows, grown = ShakespeareDataset(corpus.ids, corpus.tokenizer, 256), {}
+    for forget in (True, False):
+        before = resident_megabytes()
+        for _ in range(200):
+            read = windows.sample(16, generator)
+            if forget:
+                corpus.forget_pages()
+        grown[forget] = resident_megabytes() - before
+    assert grown[True] < 5
+    assert grown[False] > 40, "else this test shows nothing"
+    corpus.forget_pages()
+    assert corpus.tokenizer.decode(read[0]) in "the king is dead, long live the king\n" * 9
 
 
 @pytest.mark.parametrize(
