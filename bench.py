@@ -99,7 +99,7 @@ def bench_crossing(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def bench_generate(args: argparse.Namespace) -> Iterator[Row]:
-    """GPT's characters/s: cached against recomputed, sliding in steps, beams, int8 (loss: the trained GPT in out/)."""
+    """GPT's characters/s: cached, compiled, sliding in steps, beams, int8 (loss: the trained GPT in out/)."""
     return throughput.compare(alternate, 3 if args.quick else 9, args.quick)
 
 

@@ -1,4 +1,4 @@
-"""How fast GPT writes: with and without its cache, with a window that slides in steps, with beams, in int8.
+"""How fast GPT writes: with and without its cache, compiled, with a sliding window, with beams, in int8.
 
 `python bench.py generate` prints what is measured here.
 """
@@ -51,10 +51,14 @@ def compare(alternate: Callable, pairs: int, quick: bool) -> Iterator[tuple[str,
     yield "characters", "A", "B", "time A / B", "characters/s of B"
     for name, size in SIZES.items():
         model = endless_gpt(size)
-        int8 = quantized(model)
+        int8, compiled = quantized(model), copy.deepcopy(model)
+        compiled.compile()
+        recomputed, slide, few = {"use_cache": False}, {"slide": SLIDE}, 1 if quick else 3
         contests = [
-            (INSIDE, "recomputed", {"use_cache": False}, "cached", model, {}, pairs),
-            (BEYOND, "slide 1", {}, f"slide {SLIDE}", model, {"slide": SLIDE}, 1 if quick else 3),
+            (INSIDE, "recomputed", recomputed, "cached", model, {}, pairs),
+            (INSIDE, "recomputed", recomputed, "cached, compiled", compiled, {}, pairs),
+            (BEYOND, "slide 1", {}, f"slide {SLIDE}", model, slide, few),
+            (BEYOND, "slide 1", {}, f"slide {SLIDE}, compiled", compiled, slide, few),
             (INSIDE, f"{BEAMS} beams", {"num_beams": BEAMS}, "greedy", model, {"temperature": 0.0}, pairs),
             (INSIDE, "float32", {}, "int8", int8, {}, pairs),
         ]

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,14 @@ def call(folder, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------- text
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_it_writes_the_same_text(folder, command):
+    flags = ["--prompt", "ROMEO:", "--length", 60, "--slide", 8]
+    plain, compiled = (command("generate.py", *flags, *more) for more in ([], ["--compile"]))
+    assert compiled.stdout == plain.stdout
+    assert "compiling" in compiled.stderr
+
+
 @pytest.mark.parametrize("name", ["gpt", "llada"])
 def test_the_command_writes_text_that_begins_with_the_prompt(folder, command, name):
     process = command("generate.py", "--model", name, "--prompt", "ROMEO:", "--length", 40)

@@ -91,6 +91,19 @@ def test_cached_logits_are_the_recomputed_ones(chunks):
         assert torch.equal(cached.argmax(-1), model(x).argmax(-1))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_compiled_step_is_the_plain_one(rows):
+    """Compiled, products of one row, attention of one query and rotations are written out: same numbers."""
+    model, x = random_model("gpt", "rotary"), tokens(rows)
+    with torch.inference_mode():
+        expected = model(x)
+        model.compile(backend="aot_eager", fullgraph=True)
+        cache = KeyValueCache(model.config, rows, T)
+        compiled = torch.cat([model(part, cache=cache) for part in x.split([5] + [1] * (T - 5), dim=1)], dim=1)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(compiled.argmax(-1), expected.argmax(-1))
+
+
 def test_head_at_chosen_positions():
     model, x = random_model("llada", "rotary"), tokens()
     at = x % 3 == 0
