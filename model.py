@@ -20,7 +20,7 @@ NEVER_PREDICTED = 3  # ids 0, 1, 2 are [PAD], [MASK], [START]: their logits are 
 TAPS = 5  # positions the depthwise convolution sees: t-4..t (GPT) or t-2..t+2 (LLaDA)
 NGRAMS = {  # causal? -> the offsets of the tokens that make each kind of n-gram
     True: ((-1, 0), (-2, -1, 0), (-3, -2, -1, 0), (-4, -3, -2, -1, 0), (-2, -1)),
-    False: ((-1, 0), (0, 1), (-1, 0, 1), (-2, -1, 0), (0, 1, 2)),
+    False: ((-1, 0, 1), (-2, -1, 0, 1), (-1, 0, 1, 2), (-3, -2, -1, 0, 1), (-1, 0, 1, 2, 3)),
 }
 REACH = -min(map(min, NGRAMS[True]))  # how far back GPT's n-grams look
 

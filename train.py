@@ -39,17 +39,16 @@ PRESETS = {
             "dropout": 0.2, "weight_decay": 0.1, "ngram_lr": 0.004},
 }  # fmt: skip
 
-# Up to so many minutes: sizes, and what is LLaDA's and GPT's alone. More time pays for more width. It also means more
-# epochs: GPT's n-gram tables, which learn a text by heart, then take smaller steps. LLaDA never sees the same masks
-# twice: for as long as this was tried, dropout only cost it.
+# The laptop preset up to so many minutes, for both models, and what GPT needs not to learn a text by heart: the longer,
+# the more epochs. More time pays for more width and a longer context. LLaDA never sees the same masks twice: for as
+# long as this was tried, dropout only cost it.
 LAPTOP_SIZES = (
-    (1.0, {"n_embd": 64}, {"llada": {"ngram_lr": 0.75}, "gpt": {}}),
-    (6.0, {"n_embd": 96}, {"llada": {"ngram_lr": 0.75}, "gpt": {"ngram_dropout": 0.2}}),
-    (float("inf"), {"n_embd": 128, "batch_size": 16}, {
-        "llada": {"ngram_lr": 0.75},
-        "gpt": {"ngram_lr": 0.04, "ngram_dropout": 0.5, "weight_decay": 0.1},
-    }),
-)  # fmt: skip
+    (1.0, {"n_embd": 64}, {}),
+    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}),
+    (float("inf"), {"n_embd": 128, "block_size": 512}, {"ngram_lr": 0.015, "ngram_dropout": 0.5, "weight_decay": 0.1}),
+)
+LAPTOP_STEPS_A_MINUTE = 600  # about: tells how long --steps will take
+LLADA_NGRAM_LR = 0.75  # on a laptop; masks hide most n-grams of most windows, the others may move farther
 
 
 # ------------------------------------------------------------------------------------------------- what is minimized
@@ -250,9 +249,9 @@ def new_run(args: argparse.Namespace, processes: Processes) -> Run:
     name = args.preset or ("gpu" if processes.device.type == "cuda" else "laptop")
     preset, given = dict(PRESETS[name]), {k: v for k, v in vars(args).items() if v is not None}
     if name == "laptop":
-        minutes = given.get("minutes", preset["minutes"])
-        sizes, own = next(row for limit, *row in LAPTOP_SIZES if minutes <= limit)
-        preset |= sizes | own[args.model]
+        minutes = given["steps"] / LAPTOP_STEPS_A_MINUTE if "steps" in given else (preset | given)["minutes"]
+        sizes, of_gpt = next(row for limit, *row in LAPTOP_SIZES if minutes <= limit)
+        preset |= sizes | (of_gpt if args.model == "gpt" else {"ngram_lr": LLADA_NGRAM_LR})
     if "steps" in given or "minutes" in given:
         del preset["steps" if "steps" in preset else "minutes"]
     chosen = {"compile": processes.device.type == "cuda"} | preset | given
