@@ -63,9 +63,9 @@ def alternate(a: Callable[[], object], b: Callable[[], object], pairs: int) -> P
 
 
 def gigaflops() -> float:
-    """GFLOP/s of the linear layer that dominates a training step: float32, (4096, 128) by (512, 128); median of 40."""
+    """GFLOP/s of the linear layer that dominates a training step: float32, (4096, 128) by (512, 128); median of 400."""
     x, weight = torch.randn(4096, 128), torch.randn(512, 128)
-    return 2e-9 * 4096 * 128 * 512 / statistics.median(seconds(lambda: F.linear(x, weight)) for _ in range(40))
+    return 2e-9 * 4096 * 128 * 512 / statistics.median(seconds(lambda: F.linear(x, weight)) for _ in range(400))
 
 
 def print_table(rows: Iterator[Row]) -> None:
