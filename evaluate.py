@@ -70,7 +70,7 @@ FULL = Effort(
     samples=32, sample_orders=("sweep", "random", "confidence"), temperatures=(1.0, 0.6), infillings=256,
 )  # fmt: skip
 QUICK = Effort(
-    windows=2048, pairs=1, train_windows=128,
+    windows=512, pairs=1, train_windows=128,
     policy_windows=4, budgets=(16, 4, 1), thresholds=(0.9,), orders=("confidence", "sweep"),
     samples=8, sample_orders=("sweep",), temperatures=(1.0,), infillings=32,
 )  # fmt: skip

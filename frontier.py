@@ -197,6 +197,7 @@ def crossing(seconds: Seconds, rounds: int, lengths: tuple[int, ...] = (32, 64, 
         gpt = GPT(GPTConfig(69, max(lengths) + 1, **shape)).eval()
         gpt.never[END_ID] = True  # an untrained network would soon stop
         compiled = copy.deepcopy(gpt)
+        torch.compiler.reset()  # else the sizes of one model after the other become variables in slower code
         compiled.compile()
         for B in BATCHES:
             for T in lengths:

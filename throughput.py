@@ -52,6 +52,7 @@ def compare(alternate: Callable, pairs: int, quick: bool) -> Iterator[tuple[str,
     for name, size in SIZES.items():
         model = endless_gpt(size)
         int8, compiled = quantized(model), copy.deepcopy(model)
+        torch.compiler.reset()  # else the sizes of one model after the other become variables in slower code
         compiled.compile()
         recomputed, slide, few = {"use_cache": False}, {"slide": SLIDE}, 1 if quick else 3
         contests = [

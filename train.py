@@ -45,7 +45,7 @@ PRESETS = {
 LAPTOP_SIZES = (
     (1.0, {"n_embd": 64}, {}),
     (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}),
-    (float("inf"), {"n_embd": 128, "block_size": 512}, {"ngram_lr": 0.015, "ngram_dropout": 0.5, "weight_decay": 0.1}),
+    (float("inf"), {"n_embd": 128, "block_size": 512}, {"ngram_lr": 0.007, "ngram_dropout": 0.5, "weight_decay": 0.1}),
 )
 LAPTOP_STEPS_A_MINUTE = 600  # about: tells how long --steps will take
 LLADA_NGRAM_LR = 0.75  # on a laptop; masks hide most n-grams of most windows, the others may move farther
