@@ -5,7 +5,6 @@
 Letters: T characters, B texts at once.
 """
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from likelihood import Likelihood, Policy, Predict, policy_likelihood, standard_
 from model import GPT, GPTConfig, LLaDAConfig, LLaDAModel
 from sampler import reverse_process
 from templates import STRIDE, mask_predictor
+from throughput import compiled_copy
 from tokenizer import END_ID, MASK_ID, START_ID
 from unmasking import UnmaskingPolicy
 
@@ -196,9 +196,7 @@ def crossing(seconds: Seconds, rounds: int, lengths: tuple[int, ...] = (32, 64, 
         llada = LLaDAModel(LLaDAConfig(69, max(lengths), **shape)).eval()
         gpt = GPT(GPTConfig(69, max(lengths) + 1, **shape)).eval()
         gpt.never[END_ID] = True  # an untrained network would soon stop
-        compiled = copy.deepcopy(gpt)
-        torch.compiler.reset()  # else the sizes of one model after the other become variables in slower code
-        compiled.compile()
+        compiled = compiled_copy(gpt)
         for B in BATCHES:
             for T in lengths:
                 writers = [partial(gpt_texts, model, T, B) for model in (gpt, compiled)]

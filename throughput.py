@@ -37,6 +37,17 @@ def endless_gpt(size: dict) -> GPT:
     return model
 
 
+def compiled_copy(model: GPT) -> GPT:
+    """The same network, compiled; code compiled for others before is forgotten.
+
+    Else their sizes and its own would become variables of one slower code.
+    """
+    torch.compiler.reset()
+    compiled = copy.deepcopy(model)
+    compiled.compile()
+    return compiled
+
+
 def writer(model: GPT, length: int, **settings) -> Callable[[], object]:
     """A call that writes `length` characters after a prompt of CONTEXT - INSIDE tokens."""
     ids = torch.randint(END_ID + 1, 69, (CONTEXT - INSIDE,), generator=torch.Generator().manual_seed(0))
@@ -51,9 +62,7 @@ def compare(alternate: Callable, pairs: int, quick: bool) -> Iterator[tuple[str,
     yield "characters", "A", "B", "time A / B", "characters/s of B"
     for name, size in SIZES.items():
         model = endless_gpt(size)
-        int8, compiled = quantized(model), copy.deepcopy(model)
-        torch.compiler.reset()  # else the sizes of one model after the other become variables in slower code
-        compiled.compile()
+        int8, compiled = quantized(model), compiled_copy(model)
         recomputed, slide, few = {"use_cache": False}, {"slide": SLIDE}, 1 if quick else 3
         contests = [
             (INSIDE, "recomputed", recomputed, "cached", model, {}, pairs),
