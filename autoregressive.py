@@ -172,9 +172,11 @@ def decode(
     context = SlidingContext(model, prompts, max_out_tokens, context_len, slide, use_cache)
     generators = row_generators(generator, context.tokens)
 
-    def choose(logits: Tensor, seen: Tensor) -> Tensor:
-        """(B, V) logits, what the texts hold (B, V) -> (B,) tokens."""
-        logits = penalize_repetition(logits, seen, repetition_penalty)
+    def choose(logits: Tensor) -> Tensor:
+        """(B, V) logits -> (B,) tokens."""
+        if repetition_penalty != 1:
+            seen = seen_tokens(context.tokens, logits.shape[-1])
+            logits = penalize_repetition(logits, seen, repetition_penalty)
         if temperature == 0:
             return logits.argmax(-1)
         p = probabilities(logits, temperature, top_k, top_p)
@@ -186,26 +188,24 @@ def decode(
 @torch.inference_mode()
 def write(
     context: SlidingContext,
-    choose: Callable[[Tensor, Tensor], Tensor],
+    choose: Callable[[Tensor], Tensor],
     max_out_tokens: int,
     stop: Callable[[list[int]], bool] | None,
 ) -> Iterator[Tensor]:
     """The loop of `decode`: ask for logits, choose, append, until every row has ended."""
-    B = len(context.tokens)
-    written: list[list[int]] = [[] for _ in range(B)]
-    ended = torch.zeros(B, dtype=torch.bool, device=context.tokens.device)
-    seen = seen_tokens(context.tokens, context.model.config.vocab_size)
+    written: list[list[int]] = [[] for _ in context.tokens]
+    ended = [False for _ in context.tokens]
     for _ in range(max_out_tokens):
-        tokens = choose(context.next_logits(), seen).masked_fill(ended, PAD_ID)
+        tokens = choose(context.next_logits())
+        if any(ended):
+            tokens = tokens.masked_fill(torch.tensor(ended, device=tokens.device), PAD_ID)
         yield tokens
         for row, token in enumerate(tokens.tolist()):
             written[row].append(token)
-            if token == END_ID or (stop is not None and not ended[row] and stop(written[row])):
-                ended[row] = True
-        if ended.all():
+            ended[row] = ended[row] or token == END_ID or (stop is not None and stop(written[row]))
+        if all(ended):
             return
         context.append(tokens)
-        seen.scatter_(1, tokens[:, None], True)
 
 
 def seen_tokens(tokens: Tensor, vocab_size: int) -> Tensor:

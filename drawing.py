@@ -83,9 +83,8 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     Never returns a token of probability zero.
     """
     cumulative = p.cumsum(-1)
-    tokens = torch.searchsorted(cumulative, (u.to(p) * cumulative[..., -1])[..., None], right=True)[..., 0]
-    last_possible = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1)  # rounding may step past the end
-    return torch.minimum(tokens, last_possible)
+    # u <= 1 - 2^-53, so the product is rounded to a number below the total: some cumulative probability is above it.
+    return torch.searchsorted(cumulative, (u.to(p) * cumulative[..., -1])[..., None], right=True)[..., 0]
 
 
 def uniforms(generators: list[torch.Generator], n: int = 1) -> Tensor:

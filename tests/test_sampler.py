@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from drawing import draw
 from model import LLaDAConfig, LLaDAModel
 from sampler import reverse_process
 from unmasking import ORDERS, UnmaskingPolicy, bit_reversal, entropy_bound_rule, factor_rule, threshold_rule
@@ -55,6 +56,18 @@ class Mixing:
 def last(steps):
     *_, step = steps
     return step
+
+
+# ------------------------------------------------------------------------------------------------- one token
+@pytest.mark.parametrize("p", [(0, 0.5, 0, 0.25, 0.25, 0), (0, 0, 1, 0), (1e-300, 0, 0.1, 0.2, 0.3, 0.4, 0, 0)])
+def test_a_draw_inverts_the_distribution_function_and_never_meets_probability_zero(p):
+    grid = torch.arange(1000, dtype=torch.float64) / 1000
+    u = torch.cat([grid, torch.tensor([1 - 2**-53, 5e-324], dtype=torch.float64)])  # the outermost a generator gives
+    weights = torch.tensor(p, dtype=torch.float64)
+    tokens = draw(weights.expand(len(u), -1), u)
+    assert (weights[tokens] > 0).all()
+    shares = tokens[: len(grid)].bincount(minlength=len(p)) / len(grid)
+    assert torch.allclose(shares.double(), weights, atol=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------- LLaDA's sampler
