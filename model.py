@@ -415,14 +415,14 @@ class Transformer(nn.Module):
         """Trainable parameters, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self) -> float:
-        """Training FLOPs a token, forward and backward: 6 a weight, 12 C T a layer for attention (PaLM, appendix B).
+    def flops_per_token(self, T: int) -> float:
+        """Training FLOPs a token of a window of T, both passes: 6 a weight, 12 C T a layer (PaLM, appendix B).
 
         Embeddings are looked up, not multiplied; the causal model's masked half of the attention is counted as well.
         """
         looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
         weights = self.num_parameters() - looked_up
-        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
 
 
 class GPT(Transformer):

@@ -18,6 +18,7 @@ from optim import build_optimizers
 from parallel import Processes
 
 VALIDATION_CHARS = 1 << 14  # scored at each validation inside the loop: evenly spaced windows, the same every time
+PIECES = 2  # of a window, while windows are short
 MUON_LR_RATIO = 10 / 3  # peak learning rate of Muon, and of the embeddings, over that of AdamW
 
 
@@ -31,6 +32,8 @@ class Settings:
     lr: float = 0.006  # AdamW's peak; Muon's and that of the embeddings follow in proportion
     ngram_lr: float = 0.15  # the n-gram tables' peak: a row moves so many times the gradient of each token that met it
     weight_decay: float = 0.0
+    short_share: float = 0.0  # for so much of the run windows are read as PIECES shorter ones: attention costs less
+    calibration: float = 0.0  # share of the training part kept from training, to calibrate the model on at the end
     steps: int | None = None  # the schedule counts steps,
     minutes: float | None = None  # or follows the clock
     eval_every: int | None = None  # steps; None: ten times a run
@@ -49,6 +52,7 @@ class Run:
     processes: Processes
     step: int = 0
     seconds: float = 0.0  # spent so far, in this and earlier sessions
+    flops: float = 0.0  # spent so far
     history: list[dict] = field(default_factory=list)  # one dict a validation: the lines of metrics.jsonl
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the last validation
 
@@ -69,19 +73,29 @@ class Run:
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
         train_ids, self.val_ids = self.corpus.split(self.val_fraction)
+        kept = int(settings.calibration * len(train_ids))
+        kept = kept if kept >= T else 0  # less than a window says too little
+        train_ids, calibration_ids = train_ids.split([len(train_ids) - kept, kept])
         self.train_set = ShakespeareDataset(train_ids, self.corpus.tokenizer, T)
-        self.val_windows = validation_windows(self.val_ids, T, self.corpus.tokenizer, VALIDATION_CHARS)[0]
+        self.val_windows, self.calibration_windows = (
+            next(iter(validation_windows(ids, T, self.corpus.tokenizer, VALIDATION_CHARS)), None)
+            for ids in (self.val_ids, calibration_ids)
+        )
 
     @property
     def tokens_per_step(self) -> int:
         """Of the global batch."""
         return self.settings.batch_size * self.model.config.block_size
 
-    def sample_windows(self) -> Tensor:
-        """(batch_size, T) windows of the training part for the next step."""
+    def sample_windows(self, done: float) -> Tensor:
+        """(batch_size, T) windows of the training part for the next step of a run of which `done` is over, 0..1.
+
+        For the first `short_share` of it (batch_size PIECES, T / PIECES), the same tokens cut, if T can be.
+        """
         windows = self.train_set.sample(self.settings.batch_size, self.generator)
         self.corpus.forget_pages()
-        return windows
+        short = done < self.settings.short_share and windows.shape[1] % PIECES == 0
+        return windows.view(-1, windows.shape[1] // PIECES) if short else windows
 
     def progress(self, clock: float) -> float:
         """Share of the run that is done, 0..1, by steps or by the clock (seconds in this session)."""
@@ -98,6 +112,7 @@ class Run:
             "torch_rng": torch.get_rng_state(),  # dropout on the CPU
             "cuda_rng": torch.cuda.get_rng_state_all() if self.processes.device.type == "cuda" else [],
             "seconds": self.seconds + clock,
+            "flops": self.flops,
             "losses": [float(loss) for loss in self.losses],
         }
         corpus = {"name": self.corpus.name, "sha256": self.corpus.sha256, "val_fraction": self.val_fraction}
@@ -112,6 +127,7 @@ class Run:
         training = checkpoint.training
         self = cls(checkpoint.model.train(), corpus, known["val_fraction"], settings, processes)
         self.step, self.history, self.seconds = checkpoint.step, checkpoint.history, training["seconds"]
+        self.flops = training["flops"]
         self.losses = [torch.tensor(loss, device=processes.device) for loss in training["losses"]]
         for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
             optimizer.load_state_dict(state)

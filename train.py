@@ -31,29 +31,36 @@ from run import Keeper, Run, Settings
 from tokenizer import MASK_ID, START_ID
 
 FINAL_CHARS = 1 << 18  # scored at the end: all of TinyShakespeare's validation part,
+NEWTON_STEPS = 6  # from temperature 1 to the best one
 FINAL_PAIRS = 2  # each window of LLaDA's under so many pairs of masks
 T_POWER = 2.0  # t = u^2: lightly masked windows are the noisy ones (a token weighs 1/t), so draw them more often
 PRESETS = {
-    "laptop": {"n_layer": 4, "n_head": 2, "block_size": 256, "batch_size": 8, "minutes": 2.75},
+    "laptop": {"n_layer": 4, "n_head": 2, "block_size": 256, "batch_size": 8, "minutes": 2.75,
+               "calibration": 0.02},
     "gpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "steps": 5000,
-            "dropout": 0.2, "weight_decay": 0.1, "ngram_lr": 0.004},
+            "dropout": 0.2, "weight_decay": 0.1, "ngram_lr": 0.004, "calibration": 0.02},
 }  # fmt: skip
 
 # The laptop preset up to so many minutes, for both models, and what GPT needs not to learn a text by heart: the longer,
 # the more epochs. More time pays for more width and a longer context. LLaDA never sees the same masks twice: for as
-# long as this was tried, dropout only cost it.
-LAPTOP_SIZES = (
-    (1.0, {"n_embd": 64}, {}),
-    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}),
-    (float("inf"), {"n_embd": 128, "block_size": 512}, {"ngram_lr": 0.007, "ngram_dropout": 0.5, "weight_decay": 0.1}),
+# long as this was tried, dropout only cost it. It is short of tokens instead, and short windows give it more of them.
+# Masks hide most n-grams of most windows, so the others may move farther.
+LAPTOP_SIZES = (  # minutes, of both, of GPT, of LLaDA
+    (1.0, {"n_embd": 64}, {}, {"ngram_lr": 0.75}),
+    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}, {"ngram_lr": 0.75}),
+    (
+        float("inf"),
+        {"n_embd": 128, "block_size": 512},
+        {"ngram_lr": 0.015, "ngram_dropout": 0.5, "weight_decay": 0.1},
+        {"ngram_lr": 0.75, "short_share": 0.6},
+    ),
 )
 LAPTOP_STEPS_A_MINUTE = 600  # about: tells how long --steps will take
-LLADA_NGRAM_LR = 0.75  # on a laptop; masks hide most n-grams of most windows, the others may move farther
 
 
 # ------------------------------------------------------------------------------------------------- what is minimized
 def make_batch(name: str, sequences: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """(B, T) windows -> the tensors, B rows each, that `compute_loss` wants. All the randomness of a step is here."""
+    """(B, T) windows -> tensors, B rows each, for prediction and loss. All the randomness of a step is here."""
     if name == "gpt":
         return causal_inputs(sequences, START_ID), sequences
     t = sample_t(len(sequences), generator, power=T_POWER)
@@ -61,24 +68,33 @@ def make_batch(name: str, sequences: Tensor, generator: torch.Generator) -> tupl
     return masked, sequences, mask, t
 
 
-def compute_loss(name: str, model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """nats/token: exact for GPT, an upper bound for LLaDA, whose last MLP and head only see the masked positions."""
+def predict(name: str, model: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Logits where the loss wants them: (B, T, V), or LLaDA's (N, V) of the masked positions; its last MLP and head see
+    no others."""
+    return model(batch[0]) if name == "gpt" else model(batch[0], at=batch[2])
+
+
+def compute_loss(name: str, logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    """nats/token: exact for GPT, an upper bound for LLaDA."""
     if name == "gpt":
-        inputs, targets = batch
-        return compute_gpt_loss(model(inputs), targets)
-    masked, targets, mask, t = batch
-    return compute_llada_loss(model(masked, at=mask), targets, mask, t, density_of_t(t, T_POWER))
+        return compute_gpt_loss(logits, batch[1])
+    _, targets, mask, t = batch
+    return compute_llada_loss(logits, targets, mask, t, density_of_t(t, T_POWER))
 
 
 # ------------------------------------------------------------------------------------------------- the loop
-def train_step(run: Run, model: torch.nn.Module) -> Tensor:
-    """One optimizer step on one global batch; returns its loss (nats/token), averaged over the processes."""
+def train_step(run: Run, model: torch.nn.Module, done: float) -> Tensor:
+    """One optimizer step on one global batch, `done` of the run being over; returns its loss (nats/token), averaged
+    over the processes."""
     settings, processes = run.settings, run.processes
-    batch = make_batch(run.model.name, run.sample_windows(), run.generator)
+    windows = run.sample_windows(done)
+    batch = make_batch(run.model.name, windows, run.generator)
+    run.flops += run.model.flops_per_token(windows.shape[1]) * windows.numel()
     total = torch.zeros((), device=processes.device)
     for part in range(settings.accumulate):
         with processes.local(model, last=part == settings.accumulate - 1), autocast(processes.device):
-            loss = compute_loss(run.model.name, model, processes.share(batch, part, settings.accumulate))
+            shared = processes.share(batch, part, settings.accumulate)
+            loss = compute_loss(run.model.name, predict(run.model.name, model, shared), shared)
             (loss / settings.accumulate).backward()
         total += loss.detach() / settings.accumulate
     for optimizer in run.optimizers:
@@ -88,15 +104,39 @@ def train_step(run: Run, model: torch.nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def validate(run: Run) -> float:
-    """Loss (nats/char: exact, or one draw of the bound) on the run's windows, the same ones and masks every time."""
+def read(run: Run, windows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The model's logits on windows, under the same masks every time, and the batch they belong to."""
     run.model.eval()
-    batch = make_batch(run.model.name, run.val_windows, torch.Generator().manual_seed(0))
+    batch = make_batch(run.model.name, windows, torch.Generator().manual_seed(0))
     batch = tuple(x.to(run.processes.device) for x in batch)
     with autocast(run.processes.device):
-        loss = compute_loss(run.model.name, run.model, batch).item()
+        logits = predict(run.model.name, run.model, batch)
     run.model.train()
-    return loss
+    return logits, batch
+
+
+def validate(run: Run) -> float:
+    """Loss (nats/char: exact, or one draw of the bound) on the run's windows, the same ones and masks every time."""
+    return compute_loss(run.model.name, *read(run, run.val_windows)).item()
+
+
+def calibrate(run: Run) -> float:
+    """Divide the model's logits by the temperature at which it predicts text it has not read best; returns it.
+
+    Who reads a text many times grows too sure on all others; one number, fitted on windows kept from training, mends
+    most of that (temperature scaling, arXiv 1706.04599). The loss is convex in 1 / temperature: Newton's method.
+    """
+    logits, batch = read(run, run.calibration_windows)
+    logits = logits.clamp(min=-1e4)  # -inf has no gradient
+    scale = torch.ones((), device=logits.device, requires_grad=True)
+    for _ in range(NEWTON_STEPS):
+        loss = compute_loss(run.model.name, logits * scale, batch)
+        (slope,) = torch.autograd.grad(loss, scale, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, scale)
+        scale = (scale - slope / (curvature + 1e-9)).detach().clamp(0.25, 4).requires_grad_()  # untrained: no curvature
+    with torch.no_grad():
+        run.model.head.weight.mul_(scale)  # no bias: the same as dividing the logits
+    return 1 / scale.item()
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -124,11 +164,12 @@ def train_loop(
     next_validation = done + 0.1
     while done < 1 and not run.processes.agree(stopping()):
         set_learning_rate(run.optimizers, learning_rate_factor(done))
-        run.losses.append(train_step(run, model))
+        run.losses.append(train_step(run, model, done))
         run.step += 1
         done = run.progress(clock())
         speed = run.step * run.tokens_per_step / (run.seconds + clock())
         update(done, f"step {run.step}  loss {run.losses[-1]:.3f}  {speed:,.0f} tokens/s")
+        calibrated = {"temperature": calibrate(run)} if done >= 1 and run.calibration_windows is not None else {}
         due = run.step % settings.eval_every == 0 if settings.eval_every else done >= next_validation
         if due or done >= 1:
             next_validation += 0.1
@@ -139,6 +180,7 @@ def train_loop(
                 "train_loss": run.processes.mean(torch.stack(run.losses).mean()).item(),
                 "val_loss": validate(run),
                 "lr": run.optimizers[-1].param_groups[0]["lr"],
+                **calibrated,
             }
             run.losses.clear()
             run.history.append(record)
@@ -160,20 +202,19 @@ def score_validation(run: Run) -> Likelihood:
         return score(run.model.eval(), windows, FINAL_PAIRS, 0, tick)
 
 
-def summarize(run: Run, steps: int, seconds: float) -> dict:
-    """What the run cost and came to. Speed is that of the last `steps` steps, which took `seconds`."""
-    params, flops_per_token = run.model.num_parameters(), run.model.flops_per_token()
-    tokens, recent = run.step * run.tokens_per_step, steps * run.tokens_per_step
+def summarize(run: Run, steps: int, flops: float, seconds: float) -> dict:
+    """What the run cost and came to. Speed is that of the last `steps` steps of `flops`, which took `seconds`."""
+    params, tokens = run.model.num_parameters(), run.step * run.tokens_per_step
     result = score_validation(run)
     return {
         "params": params,
         "tokens": tokens,
         "epochs": tokens / len(run.train_set.ids),
         "tokens_per_param": tokens / params,
-        "flops": flops_per_token * tokens,
-        "pfs_days": flops_per_token * tokens / (1e15 * 86400),
-        "tokens_per_second": recent / seconds,
-        "flops_per_second": flops_per_token * recent / seconds,
+        "flops": run.flops,
+        "pfs_days": run.flops / (1e15 * 86400),
+        "tokens_per_second": steps * run.tokens_per_step / seconds,
+        "flops_per_second": flops / seconds,
         "nats_per_char": result.nats_per_char,
         "ci95": finite(result.ci95),
         "is_bound": result.is_bound,
@@ -216,6 +257,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's and the embeddings' follow")
     add("--ngram-lr", type=number(float, above=0), help="of the n-gram tables, on a token's loss: less for more epochs")
     add("--weight-decay", type=number(float, low=0), help="of the blocks' matrices")
+    add("--calibration", type=number(float, low=0, below=1),
+        help="share of the training text to keep from training: a temperature is fitted on it at the end")  # fmt: skip
+    add("--short-share", type=number(float, low=0, high=1), help="of the run, at first, with windows cut in half")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=POSITIVE_INT)
     length.add_argument("--minutes", type=number(float, above=0), help="the schedule follows the clock instead")
@@ -250,8 +294,8 @@ def new_run(args: argparse.Namespace, processes: Processes) -> Run:
     preset, given = dict(PRESETS[name]), {k: v for k, v in vars(args).items() if v is not None}
     if name == "laptop":
         minutes = given["steps"] / LAPTOP_STEPS_A_MINUTE if "steps" in given else (preset | given)["minutes"]
-        sizes, of_gpt = next(row for limit, *row in LAPTOP_SIZES if minutes <= limit)
-        preset |= sizes | (of_gpt if args.model == "gpt" else {"ngram_lr": LLADA_NGRAM_LR})
+        sizes, of_gpt, of_llada = next(row for limit, *row in LAPTOP_SIZES if minutes <= limit)
+        preset |= sizes | (of_gpt if args.model == "gpt" else of_llada)
     if "steps" in given or "minutes" in given:
         del preset["steps" if "steps" in preset else "minutes"]
     chosen = {"compile": processes.device.type == "cuda"} | preset | given
@@ -328,7 +372,7 @@ def main() -> None:
                     keeper.on_validation(record)
                     log(record)
 
-            first_step, began = run.step, clock()
+            steps, flops, began = run.step, run.flops, clock()
             train_loop(run, on_validation, update, stopping, clock)
             trained_for = clock() - began
         if not processes.is_main:
@@ -337,7 +381,7 @@ def main() -> None:
             keeper.save_last()
             say(f"stopped at step {run.step}; to go on, add --resume --model {run.model.name} --out {args.out}")
             return
-        summary = summarize(run, run.step - first_step, trained_for)
+        summary = summarize(run, run.step - steps, run.flops - flops, trained_for)
         keeper.save_summary(summary)
         report(summary)
         say(f"wrote {folder}/best.pt, last.pt, metrics.jsonl, summary.json; next: python generate.py --prompt ROMEO:")
@@ -345,7 +389,8 @@ def main() -> None:
 
 def log(record: dict) -> None:
     """One line a validation."""
-    say("step {step:>6}  {seconds:>6.0f} s  train {train_loss:.4f}  val {val_loss:.4f} nats/char".format(**record))
+    say("step {step:>6}  {seconds:>6.0f} s  train {train_loss:.4f}  val {val_loss:.4f} nats/char".format(**record)
+        + (", at temperature {:.3f}".format(record["temperature"]) if "temperature" in record else ""))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from model import CONFIGS, MODELS
 from parallel import Processes
 from run import Run, Settings
 from tokenizer import MASK_ID
-from train import compute_loss, make_batch, train_loop, train_step
+from train import calibrate, compute_loss, make_batch, predict, train_loop, train_step, validate
 
 
 def weights(path) -> dict:
@@ -50,7 +50,7 @@ def test_lladas_objective_has_the_bound_as_its_mean():
     batches = [make_batch("llada", sequences, generator) for _ in range(200)]
     for masked, targets, mask, _ in batches:
         assert torch.equal(masked, torch.where(mask, MASK_ID, targets))
-    losses = torch.stack([compute_loss("llada", model, batch) for batch in batches])
+    losses = torch.stack([compute_loss("llada", predict("llada", model, batch), batch) for batch in batches])
     bound = sum(m / 2 for m in range(1, T + 1)) / T  # the mean over m = 1..T of c(m)
     assert losses.mean().item() == pytest.approx(bound, abs=5 * losses.std().item() / 200**0.5 + 2e-3)  # t >= MIN_T
 
@@ -58,6 +58,7 @@ def test_lladas_objective_has_the_bound_as_its_mean():
 @pytest.mark.parametrize("model", ["llada", "gpt"])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, corpus_file, tmp_path, model):
     flags = ["--model", model, "--data", corpus_file, *TINY, "--dropout", 0.1, "--eval-every", 4, "--seed", 7]
+    flags += ["--short-share", 0.5]  # until after the stop
     command("train.py", *flags, "--steps", 20, "--out", "whole")
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *map(str, flags), "--steps", "20", "--out", "parts"],
@@ -88,6 +89,48 @@ def small_run(name: str, corpus_file, **settings) -> Run:
 
 
 @pytest.mark.parametrize("model", ["llada", "gpt"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.5])
+def test_calibration_finds_the_temperature_of_least_loss_whatever_the_head_was_scaled_by(corpus_file, model, factor):
+    run = small_run(model, corpus_file, steps=1, calibration=0.1)
+    for _ in range(40):
+        train_step(run, run.model, 0.0)
+    calibrate(run)
+    run.val_windows = run.calibration_windows
+    best, weight = validate(run), run.model.head.weight
+    with torch.no_grad():
+        for other in (0.95, 1.05 / 0.95):
+            weight.mul_(other)
+            assert validate(run) > best
+        weight.mul_(factor / 1.05)
+    assert calibrate(run) == pytest.approx(factor, rel=1e-3)
+    assert validate(run) == pytest.approx(best, abs=1e-5)
+
+
+def test_text_kept_to_calibrate_is_neither_trained_nor_validated_on(command, corpus_file, tmp_path):
+    run = small_run("gpt", corpus_file, calibration=0.25)
+    train_ids, val_ids = run.corpus.split(0.2)
+    end = len(run.train_set.ids)
+    assert end == int(0.75 * len(train_ids))
+    assert torch.equal(run.train_set.ids, train_ids[:end])
+    assert torch.equal(run.calibration_windows, validation_windows(train_ids[end:], 16, run.corpus.tokenizer)[0])
+    assert torch.equal(run.val_ids, val_ids)
+    notes = command("train.py", "--data", corpus_file, *TINY, "--steps", 20, "--calibration", 0.25).stderr
+    lines = [json.loads(line) for line in (tmp_path / "out/llada/metrics.jsonl").read_text().splitlines()]
+    assert ["temperature" in line for line in lines] == [False] * 9 + [True]
+    assert f"temperature {lines[-1]['temperature']:.3f}" in notes
+
+
+def test_short_windows_hold_the_same_tokens_for_their_share_of_the_run(corpus_file):
+    windows = {}
+    for share in (0.0, 0.5):
+        run = small_run("gpt", corpus_file, steps=4, short_share=share)
+        windows[share] = [run.sample_windows(done) for done in (0, 0.25, 0.5, 0.75)]
+    assert [x.shape for x in windows[0.0]] == [(8, 16)] * 4
+    assert [x.shape for x in windows[0.5]] == [(16, 8), (16, 8), (8, 16), (8, 16)]
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(*windows.values(), strict=True))
+
+
+@pytest.mark.parametrize("model", ["llada", "gpt"])
 def test_accumulated_gradients_are_those_of_the_large_batch(corpus_file, model):
     """Gradients, not weights: both optimizers would forgive a wrong factor."""
     gradients = []
@@ -106,7 +149,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(corpus_file, model):
     for accumulate in (1, 4):
         run = small_run(model, corpus_file, accumulate=accumulate)
         run.optimizers = [Recorder(run.model)]
-        losses.append(train_step(run, run.model).item())
+        losses.append(train_step(run, run.model, 0.0).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6), name
@@ -117,16 +160,16 @@ def test_gpu_paths_compute_the_same_loss(corpus_file, model):
     """What CUDA does by default, as far as a CPU can: bfloat16 autocast, and the encoder captured as a graph."""
     run = small_run(model, corpus_file)
     batch = make_batch(model, run.train_set.sample(8, run.generator), run.generator)
-    exact = compute_loss(model, run.model, batch)
+    exact = compute_loss(model, predict(model, run.model, batch), batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = compute_loss(model, run.model, batch)
+        rounded = compute_loss(model, predict(model, run.model, batch), batch)
     rounded.backward()
     assert all(p.grad.to_dense().isfinite().all() for p in run.model.parameters())
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
     assert rounded.item() != exact.item()
     assert run.model.encoder.ngrams.tables.sparse  # on a CPU, not compiled
     run.model.encoder.compile(backend="aot_eager", fullgraph=True)
-    assert compute_loss(model, run.model, batch).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert compute_loss(model, predict(model, run.model, batch), batch).item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def torchrun(tmp_path, *arguments) -> subprocess.Popen:
