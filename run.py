@@ -75,7 +75,8 @@ class Run:
         train_ids, self.val_ids = self.corpus.split(self.val_fraction)
         kept = int(settings.calibration * len(train_ids))
         kept = kept if kept >= T else 0  # less than a window says too little
-        train_ids, calibration_ids = train_ids.split([len(train_ids) - kept, kept])
+        # Its beginning: the end is the same play as the validation part, and names not met before are what costs most.
+        calibration_ids, train_ids = train_ids.split([kept, len(train_ids) - kept])
         self.train_set = ShakespeareDataset(train_ids, self.corpus.tokenizer, T)
         self.val_windows, self.calibration_windows = (
             next(iter(validation_windows(ids, T, self.corpus.tokenizer, VALIDATION_CHARS)), None)

@@ -109,10 +109,9 @@ def test_calibration_finds_the_temperature_of_least_loss_whatever_the_head_was_s
 def test_text_kept_to_calibrate_is_neither_trained_nor_validated_on(command, corpus_file, tmp_path):
     run = small_run("gpt", corpus_file, calibration=0.25)
     train_ids, val_ids = run.corpus.split(0.2)
-    end = len(run.train_set.ids)
-    assert end == int(0.75 * len(train_ids))
-    assert torch.equal(run.train_set.ids, train_ids[:end])
-    assert torch.equal(run.calibration_windows, validation_windows(train_ids[end:], 16, run.corpus.tokenizer)[0])
+    kept = int(0.25 * len(train_ids))
+    assert torch.equal(run.train_set.ids, train_ids[kept:])
+    assert torch.equal(run.calibration_windows, validation_windows(train_ids[:kept], 16, run.corpus.tokenizer)[0])
     assert torch.equal(run.val_ids, val_ids)
     notes = command("train.py", "--data", corpus_file, *TINY, "--steps", 20, "--calibration", 0.25).stderr
     lines = [json.loads(line) for line in (tmp_path / "out/llada/metrics.jsonl").read_text().splitlines()]
@@ -128,6 +127,12 @@ def test_short_windows_hold_the_same_tokens_for_their_share_of_the_run(corpus_fi
     assert [x.shape for x in windows[0.0]] == [(8, 16)] * 4
     assert [x.shape for x in windows[0.5]] == [(16, 8), (16, 8), (8, 16), (8, 16)]
     assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(*windows.values(), strict=True))
+    flops = []
+    for done in (0.4, 0.6):
+        run = small_run("gpt", corpus_file, short_share=0.5)
+        train_step(run, run.model, done)
+        flops.append(run.flops)
+    assert flops[1] - flops[0] == 12 * 16 * (16 - 8) * 8 * 16  # 12 C T a token, one layer
 
 
 @pytest.mark.parametrize("model", ["llada", "gpt"])
