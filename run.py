@@ -75,6 +75,11 @@ class Run:
         train_ids, self.val_ids = self.corpus.split(self.val_fraction)
         kept = int(settings.calibration * len(train_ids))
         kept = kept if kept >= T else 0  # less than a window says too little
+        if len(train_ids) - kept < T:
+            raise ValueError(
+                f"--calibration {settings.calibration} leaves {len(train_ids) - kept} characters to train on, too few "
+                f"for one window of {T}: keep less, or use a longer text (--data)"
+            )
         # Its beginning: the end is the same play as the validation part, and names not met before are what costs most.
         calibration_ids, train_ids = train_ids.split([kept, len(train_ids) - kept])
         self.train_set = ShakespeareDataset(train_ids, self.corpus.tokenizer, T)

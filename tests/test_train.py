@@ -277,6 +277,7 @@ def test_training_learns(command, corpus_file, tmp_path):
         (["--minutes", "nan"], ["--minutes"]),
         (["--lr", "fast"], ["--lr", "'fast' is not a number"]),
         (["--val-fraction", "1"], ["--val-fraction", "less than 1"]),
+        (["--calibration", "0.9999"], ["--calibration 0.9999", "too few"]),
         (["--n-embd", "30", "--n-head", "4"], ["n_embd", "30"]),
         (["--data", "missing.txt"], ["--data missing.txt", "no such file"]),
         (["--block-size", "10000000"], ["--block-size", "too few"]),
