@@ -44,18 +44,18 @@ PRESETS = {
 # The laptop preset up to so many minutes, for both models, and what GPT needs not to learn a text by heart: the longer,
 # the more epochs. More time pays for more width and a longer context. LLaDA never sees the same masks twice: for as
 # long as this was tried, dropout only cost it. It is short of tokens instead, and short windows give it more of them.
-# Masks hide most n-grams of most windows, so the others may move farther.
 LAPTOP_SIZES = (  # minutes, of both, of GPT, of LLaDA
-    (1.0, {"n_embd": 64}, {}, {"ngram_lr": 0.75}),
-    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}, {"ngram_lr": 0.75}),
+    (1.0, {"n_embd": 64}, {}, {}),
+    (6.0, {"n_embd": 96}, {"ngram_dropout": 0.2}, {}),
     (
         float("inf"),
         {"n_embd": 128, "block_size": 512},
         {"ngram_lr": 0.015, "ngram_dropout": 0.5, "weight_decay": 0.1},
-        {"ngram_lr": 0.75, "short_share": 0.6},
+        {"short_share": 0.6},
     ),
 )
 LAPTOP_STEPS_A_MINUTE = 600  # about: tells how long --steps will take
+LLADA_NGRAM_LR = 0.75  # on a laptop; masks hide most n-grams of most windows, the others may move farther
 
 
 # ------------------------------------------------------------------------------------------------- what is minimized
@@ -169,10 +169,10 @@ def train_loop(
         done = run.progress(clock())
         speed = run.step * run.tokens_per_step / (run.seconds + clock())
         update(done, f"step {run.step}  loss {run.losses[-1]:.3f}  {speed:,.0f} tokens/s")
-        calibrated = {"temperature": calibrate(run)} if done >= 1 and run.calibration_windows is not None else {}
         due = run.step % settings.eval_every == 0 if settings.eval_every else done >= next_validation
         if due or done >= 1:
             next_validation += 0.1
+            calibrated = {"temperature": calibrate(run)} if done >= 1 and run.calibration_windows is not None else {}
             record = {
                 "step": run.step,
                 "tokens": run.step * run.tokens_per_step,
@@ -295,7 +295,7 @@ def new_run(args: argparse.Namespace, processes: Processes) -> Run:
     if name == "laptop":
         minutes = given["steps"] / LAPTOP_STEPS_A_MINUTE if "steps" in given else (preset | given)["minutes"]
         sizes, of_gpt, of_llada = next(row for limit, *row in LAPTOP_SIZES if minutes <= limit)
-        preset |= sizes | (of_gpt if args.model == "gpt" else of_llada)
+        preset |= sizes | (of_gpt if args.model == "gpt" else {"ngram_lr": LLADA_NGRAM_LR} | of_llada)
     if "steps" in given or "minutes" in given:
         del preset["steps" if "steps" in preset else "minutes"]
     chosen = {"compile": processes.device.type == "cuda"} | preset | given
