@@ -1,20 +1,24 @@
-"""The causal counterpart of `diffusion` and `sampler`: loss, exact likelihood, decoding, beam search.
+"""GPT's counterpart of diffusion.py and sampler.py: training loss, exact likelihood, decoding, beam search.
 
-Everything here speaks in token ids and reads prompts exactly as they are given: [START] is a token like any other, the
-caller puts it first where a text truly begins (the text level, `generate.py`, does).
+All functions take and return token ids. Prompts are read exactly as given: [START] is a token like any other, and the
+caller puts it first where a text begins (generation/text.py does).
 
-Letters: B batch, T positions, V vocabulary.
+Letters: B batch, T positions, V vocabulary, N windows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drawing import draw, penalize_repetition, probabilities, row_generators, uniforms
-from model import GPT, KeyValueCache
-from tokenizer import END_ID, PAD_ID
+from likelihood import Likelihood
+from logits import LogitsConfig, draw, penalize_repetition, probabilities, row_generators, uniforms
+from model import GPT
+from tokenizer import END_ID, PAD_ID, START_ID
+from utils.errors import ArgumentError, check_number
 
 
 # ------------------------------------------------------------------------------------------------- loss, likelihood
@@ -28,30 +32,112 @@ def causal_inputs(sequences: Tensor, start_token_id: int) -> Tensor:
 
 
 def compute_gpt_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Next-token cross-entropy of logits (B, T, V) against targets (B, T): exact, nats/token, mean over B T."""
+    """Next-token cross-entropy of logits (B, T, V) against targets (B, T): exact, in nats/token, mean over B T."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @torch.inference_mode()
 def exact_nll(
-    predict: Callable[[Tensor], Tensor],
-    windows: Tensor,
-    start_token_id: int,
-    batch_size: int = 128,
-    tick: Callable[[int], None] = lambda rows: None,
+    predict: Callable[[Tensor], Tensor], windows: Tensor, start_token_id: int, batch_size: int = 128
 ) -> Tensor:
     """The chain rule: windows (N, T) -> (N, T) negative log-likelihoods of their tokens, exact, in nats/token.
 
-    predict is any causal tokens (B, T) -> logits (B, T, V). The mean over a whole validation set is what LLaDA's bound
-    (likelihood.py) compares with. `batch_size` windows are read at a time, which does not change the result; after
-    each batch tick(windows read) is called.
+    predict: any causal function of tokens (B, T) that returns logits (B, T, V). `batch_size` windows are evaluated at
+    a time; it does not change the result.
     """
     nll = []
     for targets in windows.split(batch_size):
         logits = predict(causal_inputs(targets, start_token_id))  # (B, T, V)
         nll.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))  # (B, T)
-        tick(len(targets))
     return torch.cat(nll)
+
+
+class CausalBatch(NamedTuple):
+    """What one training step needs, B rows each."""
+
+    inputs: Tensor  # (B, T) [START] and all tokens but the last
+    targets: Tensor  # (B, T) the token that follows each input
+
+
+class CausalObjective:
+    """GPT's training objective and evaluation, with the methods of diffusion.DiffusionObjective. It has no state."""
+
+    is_bound = False
+
+    def make_batch(self, sequences: Tensor, generator: torch.Generator | None = None) -> CausalBatch:
+        """Windows (B, T) -> inputs and targets. Nothing is random: `generator` is not used."""
+        return CausalBatch(causal_inputs(sequences, START_ID), sequences)
+
+    def predict(self, model: Callable[[Tensor], Tensor], batch: CausalBatch) -> Tensor:
+        """Logits (B, T, V) for `loss`."""
+        return model(batch.inputs)
+
+    def loss(self, logits: Tensor, batch: CausalBatch) -> Tensor:
+        """Exact negative log-likelihood in nats/token, the mean over the batch."""
+        return compute_gpt_loss(logits, batch.targets)
+
+    def likelihood(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        windows: list[Tensor],
+        *,
+        pairs: int = 8,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> Likelihood:
+        """Exact likelihood of windows, a list with one (N, T) tensor for each length.
+
+        `pairs` and `seed` belong to the diffusion bound; they are not used. Raises ValueError if there is no text.
+        """
+        parts = [part for part in windows if part.numel()]
+        if not parts:
+            raise ValueError("there is no text to score")
+        return Likelihood.from_token_nats([exact_nll(predict, part, START_ID, batch_size).cpu() for part in parts])
+
+
+# ------------------------------------------------------------------------------------------------- settings
+@dataclass(frozen=True)
+class DecodingConfig(LogitsConfig):
+    """How `decode` writes: temperature, top_k, top_p and repetition_penalty of LogitsConfig, and the context.
+
+    context_len: tokens the model sees (None: the model's block_size). slide: once the text is longer than that, the
+    window moves on by so many tokens at a time; 1 always shows the last context_len tokens, larger values are faster.
+    use_cache: keep keys and values of earlier tokens; the text is the same without. Raises ValueError for values out of
+    range; `SlidingContext` checks the context against the model.
+    """
+
+    context_len: int | None = None
+    slide: int = 1
+    use_cache: bool = True
+
+
+@dataclass(frozen=True)
+class BeamConfig:
+    """How `beam_search` searches. The arguments are those of transformers' generate(num_beams=...).
+
+    length_penalty: a score is the sum of log-probabilities (nats) / length ** length_penalty. early_stopping: True
+    stops with num_beams finished texts; False when the best running beam, at its present length, cannot enter them;
+    "never" when it could not even at full length. repetition_penalty acts on log-probabilities: with it, scores are no
+    likelihoods. num_return: texts to return, at most num_beams. context_len, slide: see DecodingConfig.
+    Raises ArgumentError.
+    """
+
+    num_beams: int = 5
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    repetition_penalty: float = 1.0
+    num_return: int = 1
+    context_len: int | None = None
+    slide: int = 1
+
+    def __post_init__(self):
+        check_number("num_beams", self.num_beams, low=1)
+        check_number("length_penalty", self.length_penalty, low=-10, high=10)  # length ** 1000 would overflow
+        check_number("repetition_penalty", self.repetition_penalty, above=0)
+        if not 1 <= self.num_return <= self.num_beams:
+            raise ArgumentError("num_return", f"must be in 1..{self.num_beams} (num_beams), got {self.num_return}")
+        if self.early_stopping not in (False, True, "never"):
+            raise ArgumentError("early_stopping", f'must be False, True or "never", got {self.early_stopping!r}')
 
 
 # ------------------------------------------------------------------------------------------------- sliding context
@@ -74,51 +160,51 @@ class SlidingContext:
         tokens  . . T O M _ _    first = [2, 0], where each text begins
                 J A M E S _ _    end = 5, where the next token goes
 
-    While no window moves, each new token costs one column of the key/value cache; when one does, its positions change
-    and all are read again. So slide=1 beyond the context is a full recomputation a token, slide=N one in N tokens.
-    Each row's logits are those it would get alone.
+    While no window moves, each new token adds one column to the key/value cache. When a window moves, the positions in
+    it change and the whole window is computed again: beyond the context, slide=1 recomputes for each token, slide=N for
+    one token in N. Each row's logits are those it would get alone.
 
-    Raises ValueError for an empty or unreadable prompt, a context_len outside 1..block_size, a slide outside
-    1..context_len.
+    Raises ArgumentError for a context_len outside 1..block_size or a slide outside 1..context_len, and ValueError for
+    a prompt that is empty or holds unknown ids, and for a model that is not causal.
     """
 
     def __init__(
         self,
         model: GPT,
         prompts: Sequence[Tensor],
-        room: int,
+        max_out_tokens: int,
         context_len: int | None = None,
         slide: int = 1,
         use_cache: bool = True,
     ):
-        """prompts: B tensors of ids, (T,) each, lengths may differ. room: how many tokens will be appended at most."""
+        """prompts: B tensors of ids, (T,) each, lengths may differ. max_out_tokens: how many `append`s to expect."""
         if not model.causal:
-            raise ValueError(f"writing from left to right needs a causal model, and this is {model.name}")
+            raise ValueError(f"decoding from left to right needs a causal model, and this is {model.name}")
         config = model.config
         self.context_len = config.block_size if context_len is None else context_len
         if not 1 <= self.context_len <= config.block_size:
-            raise ValueError(f"context_len must be in 1..{config.block_size} (block_size), got {context_len}")
+            raise ArgumentError("context_len", f"must be in 1..{config.block_size} (block_size), got {context_len}")
         if not 1 <= slide <= self.context_len:
-            raise ValueError(f"slide must be in 1..{self.context_len} (context_len), got {slide}")
+            raise ArgumentError("slide", f"must be in 1..{self.context_len} (context_len), got {slide}")
         if not len(prompts) or not all(len(prompt) for prompt in prompts):
-            raise ValueError("a prompt of ids holds at least one: begin a text with [START]")
+            raise ValueError("a prompt needs at least one id: begin a text with [START]")
         if not all(0 <= prompt.min() and prompt.max() < config.vocab_size for prompt in prompts):
             raise ValueError(f"the ids of a prompt must be in 0..{config.vocab_size - 1}")
         self.model, self.slide = model, slide
         self.end = max(map(len, prompts))
         self.first = [self.end - len(prompt) for prompt in prompts]
-        device = next(model.parameters()).device
-        self.tokens = torch.full((len(prompts), self.end + room), PAD_ID, device=device)  # (B, end + room)
+        size = len(prompts), self.end + max_out_tokens
+        self.tokens = torch.full(size, PAD_ID, device=model.device)  # (B, end + max_out_tokens)
         for row, prompt in zip(self.tokens, prompts, strict=True):
             row[self.end - len(prompt) : self.end] = prompt
         self.starts = None  # first column of each row's window, as the cache knows it
         self.pad = None
         self.cache = None
         if use_cache and config.arch != "vanilla":  # nn.TransformerEncoder has no cache: recompute
-            self.cache = KeyValueCache(config, len(prompts), self.context_len, device)
+            self.cache = model.new_cache(len(prompts), self.context_len)
 
     def next_logits(self) -> Tensor:
-        """(B, V): what each text's model says comes next."""
+        """(B, V): logits of each text's next token."""
         starts = [first + window_start(self.end - first, self.context_len, self.slide) for first in self.first]
         left = min(starts)
         if starts != self.starts:
@@ -128,6 +214,13 @@ class SlidingContext:
                 self.cache.clear()
         known = left + (self.cache.length if self.cache is not None else 0)
         return self.model(self.tokens[:, known : self.end], pad=self.pad, cache=self.cache)[:, -1]
+
+    def penalize(self, logits: Tensor, penalty: float) -> Tensor:
+        """(B, V) logits after the repetition penalty for all tokens of each text."""
+        if penalty == 1:
+            return logits
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.tokens[:, : self.end], True)
+        return penalize_repetition(logits, seen, penalty)
 
     def append(self, tokens: Tensor) -> None:
         """Write (B,) tokens at the end of the texts."""
@@ -144,59 +237,45 @@ class SlidingContext:
         self.first, self.starts = self.first[:1] * len(rows), self.starts[:1] * len(rows)
 
 
-# ------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------- decoding
 def decode(
     model: GPT,
     prompts: Sequence[Tensor],
+    config: DecodingConfig | None = None,
     *,
     max_out_tokens: int,
-    context_len: int | None = None,
-    slide: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
-    use_cache: bool = True,
+    **settings,
 ) -> Iterator[Tensor]:
     """Continue B prompts of ids, (T,) each and of any lengths: yields the next token of each, (B,), as it is drawn.
 
-    A row ends with [END], or when stop(its written ids) says so, and is [PAD] from then on; the iterator ends with the
-    last row. Every new token sees the last `context_len` (default: block_size) tokens of its text, see SlidingContext
-    for `slide`. temperature 0 is greedy; the repetition penalty counts prompt and written tokens. `generator`: see
-    drawing.row_generators; a row's text does not depend on the batch. Raises ValueError, at once, for bad values.
+    `settings` are fields of DecodingConfig and replace those of `config`. A row ends with [END], or when
+    stop(the ids written in this row) is true, and holds [PAD] from then on; the iterator ends with the last row, or
+    after max_out_tokens. The repetition penalty counts the tokens of the prompt as well. `generator`: see
+    logits.row_generators; a row's text does not depend on the batch. Raises ArgumentError for bad values, and
+    ValueError for a prompt that cannot be read, at the call and not at the first token.
     """
-    check_writing(max_out_tokens, repetition_penalty)
-    probabilities(torch.zeros(1, 2), temperature, top_k, top_p)  # raises for what it does not accept
-    context = SlidingContext(model, prompts, max_out_tokens, context_len, slide, use_cache)
-    generators = row_generators(generator, context.tokens)
-
-    def choose(logits: Tensor) -> Tensor:
-        """(B, V) logits -> (B,) tokens."""
-        if repetition_penalty != 1:
-            seen = seen_tokens(context.tokens, logits.shape[-1])
-            logits = penalize_repetition(logits, seen, repetition_penalty)
-        if temperature == 0:
-            return logits.argmax(-1)
-        p = probabilities(logits, temperature, top_k, top_p)
-        return draw(p, uniforms(generators)[:, 0].to(p.device))
-
-    return write(context, choose, max_out_tokens, stop)
+    config = replace(config or DecodingConfig(), **settings)
+    check_number("max_out_tokens", max_out_tokens, low=0)
+    context = SlidingContext(model, prompts, max_out_tokens, config.context_len, config.slide, config.use_cache)
+    generators = row_generators(generator, context.tokens, PAD_ID)
+    return decoding_loop(context, config, generators, max_out_tokens, stop)
 
 
 @torch.inference_mode()
-def write(
+def decoding_loop(
     context: SlidingContext,
-    choose: Callable[[Tensor], Tensor],
+    config: DecodingConfig,
+    generators: list[torch.Generator],
     max_out_tokens: int,
     stop: Callable[[list[int]], bool] | None,
 ) -> Iterator[Tensor]:
-    """The loop of `decode`: ask for logits, choose, append, until every row has ended."""
+    """The loop of `decode`: logits, one token a row, append, until every row has ended."""
     written: list[list[int]] = [[] for _ in context.tokens]
     ended = [False for _ in context.tokens]
     for _ in range(max_out_tokens):
-        tokens = choose(context.next_logits())
+        tokens = draw_next(context, config, generators)
         if any(ended):
             tokens = tokens.masked_fill(torch.tensor(ended, device=tokens.device), PAD_ID)
         yield tokens
@@ -208,88 +287,70 @@ def write(
         context.append(tokens)
 
 
-def seen_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
-    """(B, T) ids -> (B, V): which tokens each row holds."""
-    return torch.zeros(len(tokens), vocab_size, dtype=torch.bool, device=tokens.device).scatter_(1, tokens, True)
-
-
-def check_writing(max_out_tokens: int, repetition_penalty: float) -> None:
-    """Raise ValueError for values out of range."""
-    if max_out_tokens < 0:
-        raise ValueError(f"max_out_tokens must be at least 0, got {max_out_tokens}")
-    if not repetition_penalty > 0:
-        raise ValueError(f"repetition_penalty must be greater than 0, got {repetition_penalty}")
+def draw_next(context: SlidingContext, config: DecodingConfig, generators: list[torch.Generator]) -> Tensor:
+    """(B,): the next token of each row. Temperature 0 takes the likeliest and draws no random number."""
+    logits = context.penalize(context.next_logits(), config.repetition_penalty)  # (B, V)
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    return draw(probabilities(logits, config), uniforms(generators)[:, 0].to(logits.device))
 
 
 # ------------------------------------------------------------------------------------------------- beam search
 @torch.inference_mode()
 def beam_search(
-    model: GPT,
-    prompt: Tensor,
-    *,
-    num_beams: int,
-    max_out_tokens: int,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
-    repetition_penalty: float = 1.0,
-    num_return: int = 1,
-    context_len: int | None = None,
-    slide: int = 1,
+    model: GPT, prompt: Tensor, config: BeamConfig | None = None, *, max_out_tokens: int, **settings
 ) -> list[tuple[Tensor, float]]:
-    """The likeliest continuations of prompt (T,) that `num_beams` beams find: (ids, score) pairs, best first.
+    """The likeliest continuations of prompt (T,) that the beams find: (ids, score) pairs, best first.
 
-    ids hold the prompt and what was written, [END] included if it came. score = sum of the log-probabilities (nats) of
-    the n written tokens / n ** length_penalty, as in transformers' generate(num_beams=...), whose results these are.
-    early_stopping: True stops with num_beams finished texts; False when the best running beam, at its present length,
-    cannot enter them; "never" when it could not even at full length. The repetition penalty acts on log-probabilities,
-    which makes scores of penalized texts no likelihoods. Fewer than num_return pairs come back if fewer texts exist.
-    Raises ValueError for values out of range.
+    ids hold the prompt and what was written, [END] included if it came; score: see BeamConfig, whose fields `settings`
+    are. The results are those of transformers. Fewer than num_return pairs come back if fewer texts exist.
+    Raises ArgumentError for bad values and ValueError for a prompt that cannot be read.
     """
-    check_writing(max_out_tokens, repetition_penalty)
-    check_beams(num_beams, num_return, early_stopping)
-    context = SlidingContext(model, [prompt], max_out_tokens, context_len, slide)
+    config = replace(config or BeamConfig(), **settings)
+    check_number("max_out_tokens", max_out_tokens, low=0)
+    context = SlidingContext(model, [prompt], max_out_tokens, config.context_len, config.slide)
     scores = torch.zeros(1, device=context.tokens.device)  # (beams,) log-probabilities: one beam until the first step
     finished: list[tuple[float, Tensor]] = [] if max_out_tokens else [(0.0, context.tokens[0])]
     for n in range(1, max_out_tokens + 1):
-        log_probs = context.next_logits().log_softmax(-1)  # (beams, V)
-        if repetition_penalty != 1.0:
-            seen = seen_tokens(context.tokens[:, : context.end], log_probs.shape[-1])
-            log_probs = penalize_repetition(log_probs, seen, repetition_penalty)
-        best, beams, tokens = best_continuations(scores[:, None] + log_probs, 2 * num_beams)
+        log_probs = context.penalize(context.next_logits().log_softmax(-1), config.repetition_penalty)  # (beams, V)
+        best, beams, tokens = best_continuations(scores[:, None] + log_probs, 2 * config.num_beams)
         possible = best > -torch.inf
         ends = (tokens == END_ID) | (n == max_out_tokens)
-        for rank in (ends & possible)[:num_beams].nonzero()[:, 0].tolist():
+        for rank in (ends & possible)[: config.num_beams].nonzero()[:, 0].tolist():
             ids = torch.cat([context.tokens[beams[rank], : context.end], tokens[rank : rank + 1]])
-            finished.append((best[rank].item() / n**length_penalty, ids))
-        finished = sorted(finished, key=lambda pair: -pair[0])[:num_beams]
+            finished.append((best[rank].item() / n**config.length_penalty, ids))
+        finished = sorted(finished, key=lambda pair: -pair[0])[: config.num_beams]
 
-        running = (possible & ~ends).nonzero()[:num_beams, 0]
+        running = (possible & ~ends).nonzero()[: config.num_beams, 0]
         if not len(running):
             break
         scores = best[running]
-        if len(finished) == num_beams:
-            length = max_out_tokens if early_stopping == "never" and length_penalty > 0 else n
-            if early_stopping is True or scores[0].item() / length**length_penalty <= finished[-1][0]:
-                break
+        if search_is_over(config, [score for score, _ in finished], scores[0].item(), n, max_out_tokens):
+            break
         context.select(beams[running])
         context.append(tokens[running])
-    return [(ids, score) for score, ids in finished[:num_return]]
+    return [(ids, score) for score, ids in finished[: config.num_return]]
 
 
 def best_continuations(scores: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(beams, V) -> the n best scores, whose beams they continue, and with which tokens; all (n,), best first.
+    """(beams, V) -> the n best scores, the beams they continue, and the tokens they add; all (n,), best first.
 
-    Of n = twice the beams, should all the better half be [END], as many are left to go on with.
+    n is twice the number of beams: even if the better half all end in [END], enough are left to continue.
     """
     best, index = scores.flatten().topk(min(n, scores.numel()))
     return best, index // scores.shape[1], index % scores.shape[1]
 
 
-def check_beams(num_beams: int, num_return: int, early_stopping: bool | str) -> None:
-    """Raise ValueError for values out of range."""
-    if num_beams < 1:
-        raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-    if not 1 <= num_return <= num_beams:
-        raise ValueError(f"num_return must be in 1..{num_beams} (num_beams), got {num_return}")
-    if early_stopping not in (False, True, "never"):
-        raise ValueError(f'early_stopping must be False, True or "never", got {early_stopping!r}')
+def search_is_over(config: BeamConfig, finished: list[float], best_running: float, length: int, limit: int) -> bool:
+    """Whether no running beam can improve the finished texts any more, by the rule of config.early_stopping.
+
+    finished: scores of the finished texts, best first. best_running: the largest log-probability of a running beam,
+    which has `length` written tokens of `limit`.
+    """
+    if len(finished) < config.num_beams:
+        return False
+    if config.early_stopping is True:
+        return True
+    if config.early_stopping == "never" and config.length_penalty > 0:
+        length = limit
+    return best_running / length**config.length_penalty <= finished[-1]

@@ -1,4 +1,7 @@
-"""One self-contained file: everything needed to generate, evaluate or resume. Tensors and plain values only."""
+"""Checkpoints: one self-contained file with everything needed to generate, evaluate or resume.
+
+They hold tensors and plain values only, so that loading one never runs code.
+"""
 
 import os
 import shutil
@@ -7,28 +10,29 @@ from pathlib import Path
 
 import torch
 
-from files import replacing
-from model import CONFIGS, MODELS, Transformer
+from model import MODELS, ModelConfig, Transformer
 from tokenizer import SimpleTokenizer
+from utils.devices import pick_device
+from utils.files import atomic_write
 
 FORMAT = 1
 
 
 @dataclass
 class Checkpoint:
-    """A model with its tokenizer and its past."""
+    """A model, its tokenizer and how it was trained."""
 
     model: Transformer
     tokenizer: SimpleTokenizer
     corpus: dict  # {"name", "sha256", "val_fraction"} of the text it was trained on
     step: int = 0
     history: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
-    training: dict = field(default_factory=dict)  # settings, optimizer and generator states: what resuming needs
+    training: dict = field(default_factory=dict)  # what resuming needs, see `Trainer.checkpoint`
     path: Path | None = None
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """`path` holds a whole checkpoint at every moment: this one or the one before."""
+    """Write `checkpoint` to `path` atomically: if this fails, the file that was there stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
@@ -42,16 +46,16 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "history": checkpoint.history,
         "training": checkpoint.training,
     }
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Make `target` the same checkpoint as `source`, at once: one file under two names where the disk allows it.
+    """Make `target` the same checkpoint as `source`: a hard link where the file system allows it, else a copy.
 
-    Neither name can change what the other holds, since checkpoints are replaced and never written into.
+    A link is safe, because checkpoints are only ever replaced and never modified in place.
     """
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
@@ -61,21 +65,22 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read what `save_checkpoint` wrote; the model is on `device`, in eval mode.
 
-    Raises ValueError that names the file if it is missing, broken or no checkpoint of this project.
+    Raises ValueError that names the file if it is missing, broken or no checkpoint of this project, and ArgumentError
+    for a device that this machine does not have.
     """
-    path = Path(path)
+    device, path = pick_device(str(device)), Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; train one with `python train.py`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for a file that is cut off or something else altogether
+    except Exception as error:  # torch raises many types for a truncated or foreign file
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}): train it again") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("name") not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
     try:
-        model = MODELS[state["name"]](CONFIGS[state["name"]](**state["config"]))
+        model = MODELS[state["name"]](ModelConfig(**state["config"]))
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError):  # fields or weights of another version
+    except (TypeError, RuntimeError):  # other fields or weights
         raise ValueError(f"{path}: made by another version of the network: train it again") from None
     return Checkpoint(
         model=model.to(device).eval(),
@@ -89,7 +94,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
 
 
 def find_checkpoints(out: str | Path = "out") -> list[Path]:
-    """The checkpoints of the runs under `out`, newest run first; of each run best.pt, or else last.pt."""
+    """The checkpoints of the runs under `out`, newest run first: best.pt of each, or last.pt if there is no best."""
     found = []
     for name in MODELS:
         candidates = [Path(out) / name / file for file in ("best.pt", "last.pt")]
@@ -100,7 +105,7 @@ def find_checkpoints(out: str | Path = "out") -> list[Path]:
 
 
 def newest_checkpoint(out: str | Path = "out", name: str | None = None) -> Path:
-    """The newest run's checkpoint, of model `name` if given. Raises ValueError if there is none."""
+    """The newest checkpoint under `out`, of model `name` if given. Raises ValueError if there is none."""
     for path in find_checkpoints(out):
         if name is None or path.parent.name == name:
             return path

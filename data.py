@@ -1,7 +1,7 @@
-"""Text in: download, corpora, the split by position, windows and batches.
+"""Text: download, corpora, the split by position, windows and batches.
 
-A corpus is characters turned into ids once. Small ones stay in memory; large ones are memory-mapped from a file of ids
-beside the text, so that the cost of training grows with the steps, not with the corpus.
+The characters of a corpus are turned into ids once. Small corpora stay in memory. Large ones are memory-mapped from a
+file of ids beside the text, so that memory does not grow with the corpus.
 """
 
 import codecs
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from console import run, say
-from files import replacing
 from tokenizer import SimpleTokenizer
+from utils.console import run_program, say
+from utils.errors import ArgumentError
+from utils.files import atomic_write
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -36,10 +37,10 @@ def download_tinyshakespeare(
     attempts: int = 3,
     timeout: float = 10.0,
 ) -> Path:
-    """Fetch the corpus to `path`: streamed, checked by status and hash, complete or not there at all.
+    """Download the corpus to `path`, streamed, checked by status and hash, and written atomically.
 
-    Raises OSError that says what went wrong after `attempts` tries; nothing is left behind then, and a file that was
-    already at `path` is only ever replaced by a good one.
+    Raises OSError with the reason after `attempts` tries. Then nothing is left behind, and a file that was at `path`
+    before is unchanged.
     """
     import requests
 
@@ -50,7 +51,7 @@ def download_tinyshakespeare(
         if attempt:
             time.sleep(min(2 ** (attempt - 1), 5))
         try:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 with requests.get(url, stream=True, timeout=timeout) as response, open(temporary, "wb") as file:
                     response.raise_for_status()
                     for chunk in response.iter_content(1 << 16):
@@ -66,26 +67,26 @@ def download_tinyshakespeare(
 # ------------------------------------------------------------------------------------------------- corpora
 @dataclass
 class Corpus:
-    """A text as ids: a 1-D unsigned tensor, in memory or in a `mapping`. `sha256` is that of the UTF-8 text."""
+    """A text as ids."""
 
-    name: str  # as the user would say it again: "tinyshakespeare", "pydoc" or a path
-    sha256: str
+    name: str  # "tinyshakespeare", "pydoc" or an absolute path: what `load_corpus` takes
+    sha256: str  # of the UTF-8 text
     tokenizer: SimpleTokenizer
-    ids: Tensor
-    mapping: mmap.mmap | None = None
+    ids: Tensor  # (characters,), unsigned integers
+    mapping: mmap.mmap | None = None  # where `ids` are, if they are memory-mapped
 
     def forget_pages(self) -> None:
-        """Give back what was read of a memory-mapped text: else each window leaves some pages in resident memory."""
+        """Drop the pages of a memory-mapped text from resident memory, where every window read leaves some."""
         if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED)
 
     def split(self, val_fraction: float) -> tuple[Tensor, Tensor]:
-        """By position: the first part trains, the last `val_fraction` validates; together they are the corpus."""
+        """(training ids, validation ids): the last `val_fraction` of the text is for validation."""
         cut = int(len(self.ids) * (1 - val_fraction) + 1e-6)
         return self.ids[:cut], self.ids[cut:]
 
     def check_windows(self, val_fraction: float, seq_length: int) -> None:
-        """Raise ValueError, before anything large is built, if either part is shorter than one window."""
+        """Raise ValueError if either part is shorter than one window."""
         for part, ids in zip(("train", "validate"), self.split(val_fraction), strict=True):
             if len(ids) < seq_length:
                 raise ValueError(
@@ -95,9 +96,10 @@ class Corpus:
 
 
 def load_corpus(name: str | None = None) -> Corpus:
-    """A corpus by name ("tinyshakespeare", "pydoc") or path of a UTF-8 file; None is TinyShakespeare, or else pydoc.
+    """A corpus by name ("tinyshakespeare", "pydoc") or path of a UTF-8 file.
 
-    Only the default falls back, and loudly. Raises OSError or ValueError that names what is wrong with a named one.
+    None is TinyShakespeare, or pydoc with a warning if that cannot be downloaded. Raises OSError if a named corpus
+    cannot be downloaded or read, ArgumentError for a missing file, ValueError for one that is not UTF-8 text.
     """
     if name is None:
         try:
@@ -106,7 +108,7 @@ def load_corpus(name: str | None = None) -> Corpus:
             bar = "!" * 100
             say(f"{bar}\nWARNING: no TinyShakespeare: {error}")
             say("Training instead on the documentation that ships with Python (pydoc_data.topics).")
-            say(f"To use another text, pass --data FILE.\n{bar}")
+            say(f"To train on another text, pass --data FILE.\n{bar}")
             return load_corpus("pydoc")
     if name == "pydoc":
         from pydoc_data.topics import topics
@@ -120,7 +122,7 @@ def load_corpus(name: str | None = None) -> Corpus:
             download_tinyshakespeare(path)
         return load_file(path, name)
     if not Path(name).is_file():
-        raise ValueError(f"--data {name}: no such file; give a UTF-8 text file, tinyshakespeare or pydoc")
+        raise ArgumentError("data", f"{name}: no such file; give a UTF-8 text file, tinyshakespeare or pydoc")
     return load_file(Path(name), str(Path(name).resolve()))
 
 
@@ -134,14 +136,14 @@ def corpus_from_text(name: str, text: str) -> Corpus:
 
 
 def load_file(path: Path, name: str) -> Corpus:
-    """A UTF-8 file as a corpus; beyond IN_MEMORY_BYTES its ids are memory-mapped. Raises ValueError, OSError."""
+    """A UTF-8 file as a corpus, memory-mapped if it is larger than IN_MEMORY_BYTES. Raises ValueError, OSError."""
     if path.stat().st_size > IN_MEMORY_BYTES:
         return map_file(path, name)
     return corpus_from_text(name, "".join(read_text(path)))
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """The file's text, a chunk at a time. Raises ValueError that names the file where it is not UTF-8."""
+    """The file's text in chunks. Raises ValueError with the file and the position if it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -161,10 +163,10 @@ def sha256_of(path: Path) -> str:
 
 
 def map_file(path: Path, name: str) -> Corpus:
-    """Memory-map the ids of a text file from PATH.ids, built on first use and rebuilt when the text has changed.
+    """Memory-map the ids of a text file from PATH.ids, which is built on first use and when the text has changed.
 
-    PATH.ids.json says which text the ids belong to: its hash, and its size and time of change, which spare reading it
-    again. Both are written whole or not at all, the description last.
+    PATH.ids.json holds the hash of the text, and its size and modification time, so that an unchanged text need not be
+    read again. Both files are written atomically, PATH.ids.json last.
     """
     ids_path, note_path = path.with_name(path.name + ".ids"), path.with_name(path.name + ".ids.json")
     stat = path.stat()
@@ -174,26 +176,26 @@ def map_file(path: Path, name: str) -> Corpus:
         note = build_ids(path, ids_path)
     if note.get("stamp") != stamp:
         note["stamp"] = stamp
-        with replacing(note_path) as temporary:
+        with atomic_write(note_path) as temporary:
             temporary.write_text(json.dumps(note))
     tokenizer = SimpleTokenizer.from_dict(note["tokenizer"])
     with open(ids_path, "rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch wants a writable array
     ids = np.frombuffer(mapping, dtype=tokenizer.dtype)
     if len(ids) != note["length"]:
-        raise ValueError(f"{ids_path}: {len(ids)} ids, expected {note['length']}: delete it, it will be made again")
+        raise ValueError(f"{ids_path}: {len(ids)} ids, expected {note['length']}: delete it to have it rebuilt")
     return Corpus(name, note["sha256"], tokenizer, torch.from_numpy(ids), mapping)
 
 
 def build_ids(path: Path, ids_path: Path) -> dict:
-    """Encode a text file in two streaming passes (characters, then ids); returns the note that describes the result."""
+    """Encode a text file in two streaming passes (characters, then ids); returns the content of PATH.ids.json."""
     say(f"{path}: encoding once into {ids_path} ...")
     characters: set[str] = set()
     for text in read_text(path):
         characters.update(text)
     tokenizer = SimpleTokenizer("".join(characters))
     length = 0
-    with replacing(ids_path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(ids_path) as temporary, open(temporary, "wb") as file:
         for text in read_text(path):
             file.write(tokenizer.encode(text))
             length += len(text)
@@ -204,7 +206,7 @@ def build_ids(path: Path, ids_path: Path) -> dict:
 class ShakespeareDataset(torch.utils.data.Dataset):
     """Windows of seq_length ids, `stride` apart: item i is the LongTensor (seq_length,) that starts at i * stride.
 
-    `text` is a string, or ids already encoded. Raises ValueError if it is shorter than one window.
+    `text` is a string, or ids that are already encoded. Raises ValueError if it is shorter than one window.
     """
 
     def __init__(self, text: str | Tensor, tokenizer: SimpleTokenizer, seq_length: int, stride: int = 1):
@@ -236,9 +238,9 @@ class ShakespeareDataset(torch.utils.data.Dataset):
 def validation_windows(
     ids: Tensor, seq_length: int, tokenizer: SimpleTokenizer, max_chars: int | None = None
 ) -> list[Tensor]:
-    """Windows that cover every id exactly once: a LongTensor (N, seq_length) and, if anything is left, a (1, rest).
+    """Windows that cover every id exactly once: a LongTensor (N, seq_length) and, if ids are left over, a (1, rest).
 
-    Of more than max_chars ids, only evenly spaced windows with about that many.
+    If there are more than max_chars ids: (N, seq_length) evenly spaced windows with about max_chars ids in all.
     """
     groups = []
     if len(ids) >= seq_length:
@@ -253,7 +255,7 @@ def validation_windows(
 
 
 def main() -> None:
-    """Show the default corpus: vocabulary, a line encoded and decoded, the sizes of both parts."""
+    """Print the default corpus: vocabulary, a line encoded and decoded, the sizes of both parts."""
     corpus = load_corpus()
     tokenizer = corpus.tokenizer
     ids = corpus.ids[:40].numpy()
@@ -265,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -1,14 +1,23 @@
-"""The mathematics of masking: forward process, training loss, likelihood bound.
+"""Masked diffusion: the forward process and LLaDA's training loss.
 
-Nothing here knows the network: `predict(tokens) -> logits` is any function, which is what makes exact tests possible.
-Letters: B batch, T positions, V vocabulary; t is the masking probability in (0, 1].
+The network is not known here: `predict(tokens) -> logits` is any function. That is what makes exact tests possible.
+`DiffusionObjective` is what the trainer needs of LLaDA; `autoregressive.CausalObjective` is its counterpart for GPT.
+
+Letters: B batch, T positions, V vocabulary, N masked positions; t is the masking probability in (0, 1].
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_T = 1e-3  # t is drawn from [MIN_T, 1]: 1/t stays finite
+from likelihood import Likelihood, likelihood_bound
+from tokenizer import MASK_ID
+
+MIN_T = 1e-3  # t is drawn from [MIN_T, 1], so that 1/t stays finite
+T_POWER = 2.0  # training draws t = u^2: lightly masked windows have the noisiest losses, so they are drawn more often
 
 
 # ------------------------------------------------------------------------------------------------- forward process
@@ -17,8 +26,8 @@ def sample_t(
 ) -> Tensor:
     """(B,) masking probabilities in [MIN_T, 1], stratified: u is drawn once in each of B equal intervals of [0, 1).
 
-    A low-discrepancy draw (one uniform offset, shuffled; Kingma et al., arXiv 2107.00630, I.1): the same mean as
-    independent draws, much less variance. t = u^power; power > 1 draws small t more often, see `density_of_t`.
+    A low-discrepancy draw (one uniform offset, shuffled; Kingma et al., arXiv 2107.00630, I.1): it has the mean of
+    independent draws and much less variance. t = u^power; power > 1 draws small t more often, see `density_of_t`.
     """
     offset = torch.rand(1, generator=generator, device=device)
     strata = torch.randperm(batch_size, generator=generator, device=device)
@@ -26,7 +35,7 @@ def sample_t(
 
 
 def density_of_t(t: Tensor, power: float) -> Tensor:
-    """The probability density of `sample_t`'s t, (B,): dividing a loss by it leaves its mean what uniform t gives."""
+    """The probability density of `sample_t`'s t, (B,). A loss divided by it has the mean that uniform t would give."""
     u_to_the_power = ((t - MIN_T) / (1 - MIN_T)).clamp(min=1e-6)
     return u_to_the_power ** (1 / power - 1) / (power * (1 - MIN_T))
 
@@ -36,7 +45,7 @@ def forward_process(
 ) -> tuple[Tensor, Tensor]:
     """Each token of sequences (B, T) independently becomes [MASK] with probability t (a float, or (B,)).
 
-    Returns (masked_sequences, mask), both (B, T); mask is true where a token was hidden (LLaDA, eq. 7).
+    Returns (masked_sequences, mask), both (B, T); mask is true where a token was masked (LLaDA, eq. 7).
     Raises ValueError if t is outside [0, 1].
     """
     t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device)
@@ -56,9 +65,10 @@ def compute_llada_loss(
     """LLaDA's loss (arXiv 2502.09992, eq. 3): (1/(B T)) sum over masked positions of cross-entropy / t.
 
     logits (B, T, V), or (N, V) for just the N masked positions in order; targets and mask (B, T); t a float or (B,).
-    In expectation over t and masks an upper bound on the negative log-likelihood, in nats/token. It is divided by all
-    B T tokens, never by the number of masked ones, and by t once: either slip would reweight sequences by their t and
-    the result would bound nothing. `density` is that of t where it was not drawn uniformly (importance sampling).
+    In expectation over t and masks it is an upper bound on the negative log-likelihood, in nats/token. The sum is
+    divided by all B T tokens, never by the number of masked ones, and by t once. Any other division weights sequences
+    by their t, and the result bounds nothing. `density` is that of t if it was not drawn uniformly (importance
+    sampling).
     """
     if logits.dim() == 3:
         logits = logits[mask]
@@ -68,9 +78,52 @@ def compute_llada_loss(
     return (losses * weights).sum() / mask.numel()
 
 
+# ------------------------------------------------------------------------------------------------- for the trainer
+class MaskedBatch(NamedTuple):
+    """A training batch: everything random in it has been drawn."""
+
+    inputs: Tensor  # (B, T) with [MASK]s
+    targets: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool
+    t: Tensor  # (B,)
+
+
+class DiffusionObjective:
+    """LLaDA's side of what differs between the two objectives."""
+
+    is_bound = True  # losses and likelihoods are upper bounds
+
+    def make_batch(self, sequences: Tensor, generator: torch.Generator) -> MaskedBatch:
+        """Windows (B, T) -> a batch, masked at a random level for each window."""
+        t = sample_t(len(sequences), generator, power=T_POWER)
+        masked, mask = forward_process(sequences, t, MASK_ID, generator)
+        return MaskedBatch(masked, sequences, mask, t)
+
+    def predict(self, model: Callable[..., Tensor], batch: MaskedBatch) -> Tensor:
+        """Logits (N, V) of the masked positions alone: the model's last MLP and head skip the others."""
+        return model(batch.inputs, at=batch.mask)
+
+    def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
+        """nats/token, an upper bound in expectation."""
+        return compute_llada_loss(logits, batch.targets, batch.mask, batch.t, density_of_t(batch.t, T_POWER))
+
+    def likelihood(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        windows: list[Tensor],
+        *,
+        pairs: int = 8,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> Likelihood:
+        """Upper bound on the negative log-likelihood of windows, see `likelihood_bound`."""
+        generator = torch.Generator().manual_seed(seed)
+        return likelihood_bound(predict, windows, MASK_ID, pairs=pairs, batch_size=batch_size, generator=generator)
+
+
 def main() -> None:
     """Show one line masked at three levels."""
-    from tokenizer import MASK_ID, SimpleTokenizer
+    from tokenizer import SimpleTokenizer
 
     line = "The course of true love never did run smooth."
     tokenizer = SimpleTokenizer(line)

@@ -1,16 +1,16 @@
-"""What a masked diffusion model knows of a text, in nats: bound, masking curve, schedules, exact policy likelihood.
+"""Likelihoods under a masked diffusion model, in nats: bound, masking curve, schedules, exact policy likelihood.
 
-Masked at random. With M the masked set of a window x of T tokens, CE_i(M) = -log p(x_i | x outside M) and
-    c_x(m) = mean over all M with |M| = m of the mean over i in M of CE_i(M),
-the upper bound is -log p(x) <= c_x(1) + ... + c_x(T): a random order reveals one token with m masked, for each m.
-The mean of c_x over windows is the masking curve c(m). It prices every schedule: revealing n_k tokens at once while
-m_k are masked, the bound is the sum over k of n_k c(m_k).
+Positions revealed in random order. M is the masked set of a window x of T tokens, CE_i(M) = -log p(x_i | x outside M):
+    c_x(m) = mean over all M with |M| = m of the mean over i in M of CE_i(M).
+The upper bound is -log p(x) <= c_x(1) + ... + c_x(T): a random order reveals one token with m masked, for each m.
+The mean of c_x over windows is the masking curve c(m). It gives the bound of any schedule: for a schedule that reveals
+n_k tokens at once while m_k are masked, the bound is the sum over k of n_k c(m_k).
 
-Masked by a policy. If the positions revealed follow from what is visible, one order leads to each text, and the chain
-rule along it is its exact probability under that sampler (DUEL, arXiv 2603.01367).
+Positions revealed by a policy. If the positions follow from what is visible, exactly one order leads to each text, and
+the chain rule along it is the exact probability of the text under that sampler (DUEL, arXiv 2603.01367).
 
-Nothing here knows the network: `predict(tokens) -> logits` is any function of (B, T) tokens, row by row.
-Letters: B batch, N windows, K masks a window, T positions, V vocabulary, m masked positions. All figures in nats.
+The network is not known here: `predict(tokens) -> logits` is any function of (B, T) tokens that treats rows separately.
+Letters: B batch, N windows, K masks a window, T positions, V vocabulary, m masked positions. All figures are in nats.
 """
 
 import math
@@ -23,17 +23,17 @@ from torch import Tensor
 
 Predict = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V)
 Policy = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, T, V), masked (B, T), step -> to reveal (B, T)
-DRAWS_PER_COUNT = 2  # at least so many masks for every count m: each is held against the mean of the others
+DRAWS_PER_COUNT = 2  # at least so many masks for every count m: each is compared with the mean of the others
 
 
-# ------------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------------- results
 @dataclass
 class Likelihood:
     """Negative log-likelihood of N windows in nats; `is_bound`: an upper bound, else exact.
 
     `token_nats` (N, T) is each character's share (0 beyond a window's end), `window_nats` (N,) each window's total,
-    `lengths` (N,) its characters. Only the bound has `draws`, what it was made of, see `curve_of`; its `curve` is the
-    masking curve (T + 1,), c(m) with c(0) = 0.
+    `lengths` (N,) its characters. `draws` (only of `likelihood_bound`) is what the bound was computed from, see
+    `curve_of`.
     """
 
     token_nats: Tensor
@@ -49,7 +49,7 @@ class Likelihood:
 
     @property
     def curve(self) -> Tensor:
-        """c(m) of all windows (of the first length)."""
+        """The masking curve (T + 1,): c(m) of all windows of the first length, c(0) = 0."""
         return curve_of(*self.draws)
 
     @property
@@ -62,23 +62,24 @@ class Likelihood:
     def mask_error(self) -> float:
         """How much of the interval's half-width (1.96 standard errors, nats/char) is due to the masks; 0 if exact.
 
-        From how far a window's pairs of masks lie apart. More pairs make it smaller; the rest is the text's own spread
-        over windows, which only more text makes smaller. Of the first length's windows; infinite for a single pair.
+        Computed from how far a window's pairs of masks lie apart. More pairs make it smaller. The rest is the spread
+        of the text over windows, which only more text makes smaller. For windows of the first length; infinite for a
+        single pair.
         """
         if self.draws is None:
             return 0.0
-        counts, means, hidden = self.draws
-        (N, T), curve = hidden.shape, self.curve
+        counts, means, all_masked = self.draws
+        (N, T), curve = all_masked.shape, self.curve
         pairs = (means - curve[counts]).view(N, -1, 2).mean(2)  # (N, pairs)
         if pairs.shape[1] < 2:
             return math.inf
         return 1.96 * (T - 1) / T * float((pairs.var(1) / pairs.shape[1]).sum().sqrt()) / N
 
     @classmethod
-    def exact(cls, token_nats: list[Tensor]) -> "Likelihood":
-        """From the exact (N, T) nats of each token, a list with one tensor for each window length."""
+    def from_token_nats(cls, token_nats: list[Tensor], is_bound: bool = False) -> "Likelihood":
+        """From the (N, T) nats of each token, a list with one tensor for each window length."""
         return cls.join([
-            cls(nats.double(), nats.double().sum(1), torch.full((len(nats),), nats.shape[1]), is_bound=False)
+            cls(nats.double(), nats.double().sum(1), torch.full((len(nats),), nats.shape[1]), is_bound)
             for nats in token_nats
         ])
 
@@ -104,17 +105,17 @@ def standard_error(window_nats: Tensor, lengths: Tensor) -> float:
     return float((residuals.square().sum() * N / (N - 1)).sqrt() / lengths.sum())
 
 
-# ------------------------------------------------------------------------------------------------- masked at random
+# ------------------------------------------------------------------------------------------------- the bound
 def complementary_masks(n_windows: int, T: int, pairs: int, generator: torch.Generator | None = None) -> Tensor:
     """(N, 2 * pairs, T) masks: for each window, pairs of a mask of l positions and its complement of T - l.
 
-    l is uniform on 1..T-1, hence T - l is too: either mask alone gives an unbiased estimate, and together they hide
+    l is uniform on 1..T-1, hence T - l is too: either mask alone gives an unbiased estimate, and together they mask
     every position once. l is stratified over all pairs of all windows, evenly inside each window. A pair {l, T - l} is
     drawn by its smaller half, so u in [0, 1) maps to l = 1 + floor(u (T - 1) / 2): for even T the middle, its own
     complement, is half as likely as the others, as it should be. Needs T >= 2.
     """
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
-    ranks = torch.randperm(n_windows, generator=generator)[:, None]  # which sub-stratum is whose
+    ranks = torch.randperm(n_windows, generator=generator)[:, None]  # which sub-stratum belongs to which window
     u = (torch.arange(pairs) + (ranks + offset) / n_windows) / pairs  # (N, pairs): one in each of N * pairs intervals
     counts = 1 + (u * (T - 1) / 2).long()  # (N, pairs), in 1..T/2
     order = torch.rand(n_windows, pairs, T, generator=generator).argsort(-1)
@@ -124,60 +125,64 @@ def complementary_masks(n_windows: int, T: int, pairs: int, generator: torch.Gen
 
 @torch.inference_mode()
 def bound_from_masks(
-    predict: Predict, windows: Tensor, masks: Tensor, mask_token_id: int, batch_size: int = 128, tick=lambda rows: None
+    predict: Predict, windows: Tensor, masks: Tensor, mask_token_id: int, batch_size: int = 128
 ) -> Likelihood:
-    """The bound of windows (N, T) from masks (N, K, T) of 1..T-1 positions each; all masked is added here.
+    """The bound of windows (N, T) from masks (N, K, T) of 1..T-1 positions each; the full mask is added here.
 
-    An all-masked window looks the same whatever it hides: one evaluation gives c_x(T) of all windows, exactly. For
+    A fully masked window looks the same whatever its text: one evaluation gives c_x(T) of all windows, exactly. For
     m < T, c(m) is the mean over the masks with that count, and the bound is the sum of c(m): with all masks of each
-    count it is exact, with `complementary_masks` unbiased. c(m) is also a control variate: each mask is held against
-    the mean of the others with its count, so that a window's estimate keeps what is special to the window and drops
-    what only came from the counts it happened to draw. Raises ValueError if a count in 1..T-1 was drawn but once.
+    count it is exact, with `complementary_masks` unbiased. c(m) is also a control variate: each mask is compared with
+    the mean of the others with its count. A window's estimate keeps what is particular to the window and drops what
+    only came from the counts it happened to draw. Raises ValueError if a count in 1..T-1 was drawn fewer than twice.
     """
     (N, T), K = windows.shape, masks.shape[1]
     counts = masks.sum(-1)  # (N, K)
     drawn = torch.bincount(counts.flatten(), minlength=T)  # (T,)
-    if (drawn[1:] < 2).any() or len(drawn) > T or drawn[0]:
-        raise ValueError(f"masks must hide every count of 1..{T - 1} positions at least twice, and neither 0 nor all")
-    all_masked = torch.full_like(windows[:1], mask_token_id)
-    hidden = losses(predict, all_masked, windows)  # (N, T)
-    token_nats = hidden / T
+    if (drawn[1:] < DRAWS_PER_COUNT).any() or len(drawn) > T or drawn[0]:
+        raise ValueError(f"masks must mask every count of 1..{T - 1} positions at least twice, and neither 0 nor all")
+    fully_masked = torch.full_like(windows[:1], mask_token_id)
+    all_masked = cross_entropies(predict, fully_masked, windows)  # (N, T)
+    token_nats = all_masked / T
     means = torch.empty(N, K, dtype=torch.float64)  # mean CE of each mask
     flat_masks, flat_counts = masks.flatten(0, 1), counts.flatten()
     for start in range(0, N * K, batch_size):
         rows = torch.arange(start, min(start + batch_size, N * K))
         mask, targets, m = flat_masks[rows].to(windows.device), windows[rows // K], flat_counts[rows]
-        ce = losses(predict, targets.masked_fill(mask, mask_token_id), targets)  # (b, T)
+        ce = cross_entropies(predict, targets.masked_fill(mask, mask_token_id), targets)  # (b, T)
         ce = ce.masked_fill(~mask.cpu(), 0.0)
         means.view(-1)[rows] = ce.sum(1) / m
         token_nats.index_add_(0, rows // K, ce * (N / (m * drawn[m]).double())[:, None])
-        tick(len(rows))
-    curve = curve_of(counts, means, hidden)
+    curve = curve_of(counts, means, all_masked)
     others = (drawn / (drawn - 1).clamp(min=1))[counts]  # turns x - mean into x - mean of the others
-    special = ((means - curve[counts]) * others).sum(1) / max(K, 1)
-    window_nats = hidden.mean(1) + curve[1:T].sum() + (T - 1) * special
-    return Likelihood(token_nats, window_nats, torch.full((N,), T), True, (counts, means, hidden))
+    particular = ((means - curve[counts]) * others).sum(1) / max(K, 1)
+    window_nats = all_masked.mean(1) + curve[1:T].sum() + (T - 1) * particular
+    return Likelihood(token_nats, window_nats, torch.full((N,), T), True, (counts, means, all_masked))
 
 
-def curve_of(counts: Tensor, means: Tensor, hidden: Tensor) -> Tensor:
-    """c(0) = 0, c(1), ..., c(T) from masks' counts and mean CE (N, K) and the CE of all masked (N, T); NaN: none."""
-    T = hidden.shape[1]
+def curve_of(counts: Tensor, means: Tensor, all_masked: Tensor) -> Tensor:
+    """The masking curve c(0) = 0, c(1), ..., c(T) from the masks' counts and mean cross-entropies, both (N, K), and
+    the cross-entropies (N, T) of the fully masked window. NaN where a count was not drawn."""
+    T = all_masked.shape[1]
     totals = torch.zeros(T, dtype=torch.float64).index_add_(0, counts.flatten(), means.flatten())
     averages = totals / torch.bincount(counts.flatten(), minlength=T)
     averages[0] = 0
-    return torch.cat([averages, hidden.mean()[None]])
+    return torch.cat([averages, all_masked.mean()[None]])
 
 
-def losses(predict: Predict, inputs: Tensor, targets: Tensor) -> Tensor:
+def cross_entropies(predict: Predict, inputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of targets (B, T) given inputs (B or 1, T): (B, T) float64 nats, on the CPU."""
-    log_p = predict(inputs).log_softmax(-1).expand(len(targets), -1, -1)
-    return -log_p.gather(-1, targets[..., None])[..., 0].cpu().double()
+    return target_nats(predict(inputs).expand(len(targets), -1, -1), targets)
+
+
+def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of targets (B, T) under logits (B, T, V): (B, T) float64 nats, on the CPU."""
+    return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].cpu().double()
 
 
 def pairs_needed(n_windows: int, T: int, pairs: int) -> int:
     """`pairs` a window, or as many more as give every count its DRAWS_PER_COUNT on a small validation set.
 
-    None for T = 1: all masked is all there is.
+    None for T = 1: the full mask is the only one.
     """
     return 0 if T == 1 else max(pairs, math.ceil(DRAWS_PER_COUNT * (T - 1) / n_windows))
 
@@ -186,16 +191,16 @@ def likelihood_bound(
     predict: Predict,
     windows: list[Tensor],
     mask_token_id: int,
+    *,
     pairs: int = 8,
     batch_size: int = 128,
     generator: torch.Generator | None = None,
-    tick: Callable[[int], None] = lambda rows: None,
 ) -> Likelihood:
     """Upper bound on the negative log-likelihood of `windows`, a list with one (N, T) tensor for each length.
 
-    Every token is scored, the short last window's by its own bound. `2 * pairs` evaluations a window (more on few
-    windows), and one for each length. Same generator state, same masks, whatever the batch size. tick(rows) is called
-    after each batch of network evaluations. Raises ValueError if there is nothing to score.
+    Every token is scored; a shorter last window has a bound of its own. `2 * pairs` evaluations a window (more on few
+    windows), and one for each length. The same generator state gives the same masks, whatever the batch size.
+    Raises ValueError if there is nothing to score.
     """
     if not any(part.numel() for part in windows):
         raise ValueError("there is no text to score")
@@ -203,7 +208,7 @@ def likelihood_bound(
     for part in (part for part in windows if part.numel()):
         N, T = part.shape
         masks = complementary_masks(N, T, pairs_needed(N, T, pairs), generator)
-        parts.append(bound_from_masks(predict, part, masks, mask_token_id, batch_size, tick))
+        parts.append(bound_from_masks(predict, part, masks, mask_token_id, batch_size))
     return Likelihood.join(parts)
 
 
@@ -225,7 +230,7 @@ def monotone(curve: Tensor) -> Tensor:
     """c(m) smoothed to a curve that never falls, as an ideal predictor's cannot; c(0) stays 0.
 
     The nearest non-decreasing steps in squares (pooling adjacent violators), joined by lines through their middles.
-    Good for drawing and for choosing; figures come from the curve itself.
+    For drawing and for choosing schedules only; figures come from the curve itself.
     """
     pools: list[tuple[float, int]] = []  # sum and count of neighbouring values
     for value in curve[1:].tolist():
@@ -263,16 +268,26 @@ def optimal_schedules(curve: Tensor) -> list[list[int]]:
     return schedules
 
 
-# ------------------------------------------------------------------------------------------------- masked by a policy
+# ------------------------------------------------------------------------------------------------- policies
 @torch.inference_mode()
 def policy_likelihood(
-    predict: Predict, windows: Tensor, policy: Policy, mask_token_id: int, batch_size: int = 128, tick=lambda rows: None
+    predict: Predict,
+    windows: Tensor,
+    policy: Policy,
+    mask_token_id: int,
+    *,
+    batch_size: int = 128,
+    is_bound: bool = False,
 ) -> tuple[Likelihood, Tensor]:
-    """Exact likelihood of windows (N, T) under a deterministic unmasking policy (DUEL, arXiv 2603.01367, Alg. 1).
+    """Likelihood of windows (N, T) under an unmasking policy (DUEL, arXiv 2603.01367, Alg. 1).
 
-    Teacher-forced: from all [MASK], the policy names the positions to reveal, their true tokens are priced and shown.
-    Returns the likelihood and (N,) each window's number of network evaluations (NFE), the policy's own: a threshold
-    spends them where it needs them. Raises ValueError if a policy names visible positions, or none.
+    Teacher-forced: from a fully masked window, the policy names the positions to reveal; their true tokens are scored
+    and shown. The result is exact if the positions follow from what is visible. Pass is_bound=True for a policy that
+    draws its positions at random: -log p given the drawn order is, on average over orders, at least -log of the mean
+    of p over orders (Jensen), so the result is an upper bound in expectation.
+
+    Returns the likelihood and (N,) each window's number of network evaluations (NFE). Raises ValueError if the policy
+    names a visible position, or none.
     """
     token_nats, nfe = torch.zeros(windows.shape, dtype=torch.float64), torch.zeros(len(windows), dtype=torch.long)
     for start in range(0, len(windows), batch_size):
@@ -285,11 +300,9 @@ def policy_likelihood(
             reveal = policy(logits, masked, step)
             if (reveal & ~masked).any() or not reveal.any(1).all():
                 raise ValueError("a policy must reveal at least one masked position of each row, and no visible one")
-            ce = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].cpu().double()
-            token_nats[rows] += ce.masked_fill(~reveal.cpu(), 0.0)
+            token_nats[rows] += target_nats(logits, targets).masked_fill(~reveal.cpu(), 0.0)
             nfe[rows] += 1
             masked, step = masked & ~reveal, step + 1
             unfinished = masked.any(1)
             rows, targets, masked = rows[unfinished.cpu()], targets[unfinished], masked[unfinished]
-            tick(len(reveal))
-    return Likelihood.exact([token_nats]), nfe
+    return Likelihood.from_token_nats([token_nats], is_bound), nfe

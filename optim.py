@@ -1,25 +1,29 @@
-"""Optimizers and the learning-rate schedule: Muon for the blocks' matrices, SGD for n-grams, AdamW for the rest."""
+"""Optimizers and the learning-rate schedule: Muon for the blocks' matrices, SGD for n-gram tables, AdamW for the rest.
+
+Letters: N matrices of R rows and C columns.
+"""
 
 from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
 
-# Polar Express (arXiv 2505.16932): for each Newton-Schulz step in turn the odd quintic that does best after the others.
+# Polar Express (arXiv 2505.16932): the best odd quintic for each Newton-Schulz step, given the steps before it.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
 )
+LR_RATIO = 10 / 3  # peak learning rate of Muon and of the token embeddings over that of AdamW
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(N, R, C) matrices -> their nearest (semi-)orthogonal ones, about: singular values end in 0.4..1.6.
+    """(N, R, C) matrices -> approximations of their nearest (semi-)orthogonal matrices: singular values in 0.4..1.6.
 
-    Newton-Schulz iteration x <- a x + b (x x^T) x + c (x x^T)^2 x, in float32, batched over equal shapes. The powers of
-    x x^T alone are iterated, so a rectangle costs little more than a square. torch.optim.Muon iterates in bfloat16, one
-    matrix at a time: on CPUs without it that is unusable (`python bench.py muon` measures it).
+    Newton-Schulz iteration x <- a x + b (x x^T) x + c (x x^T)^2 x in float32. Only the powers of x x^T are iterated,
+    so a rectangular matrix costs little more than a square one. torch.optim.Muon iterates in bfloat16 and one matrix at
+    a time, which is very slow on CPUs without bfloat16.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalize(matrices.mT.contiguous()).mT
@@ -36,8 +40,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: each matrix moves by lr * sqrt(max(1, rows / columns)) in spectral norm.
 
-    Keller Jordan, https://kellerjordan.github.io/posts/muon/. `params` are 2-D weights; a group's `parts` cuts each
-    into that many matrices along its rows (a fused query-key-value weight is three). Weight decay is decoupled.
+    Keller Jordan, https://kellerjordan.github.io/posts/muon/. `params` are 2-D weights. A group's `parts` is the number
+    of matrices that each weight holds along its rows: 3 for a fused query-key-value weight. Weight decay is decoupled.
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, parts: int = 1):
@@ -69,40 +73,41 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(
     model: nn.Module,
+    tokens_per_step: int,
     lr: float = 0.006,
-    muon_lr: float = 0.02,
-    embedding_lr: float = 0.02,
-    ngram_lr: float = 300.0,
+    ngram_lr: float = 0.15,
     weight_decay: float = 0.0,
-    use_muon: bool = True,
+    matrices: str = "muon",
 ) -> list[torch.optim.Optimizer]:
-    """[Muon over the blocks' matrices, SGD over the n-gram tables, fused AdamW over the rest]; `arch="vanilla"` gets
-    the classic, AdamW alone.
+    """[Muon over the blocks' matrices, SGD over the n-gram tables, fused AdamW over the rest].
 
-    Tokens are few and their embeddings take a larger rate, `embedding_lr`. N-grams are many and most are rare: plain
-    gradient steps move each as far as it was seen, where AdamW would move one that was seen once as far as the most
-    frequent, and overfit. `weight_decay` is for the matrices. Every group remembers its `initial_lr`, which
-    `set_learning_rate` scales.
+    matrices="adamw", or a model with arch="vanilla", leaves the matrices to AdamW. `lr` is AdamW's peak rate; Muon and
+    the token embeddings take LR_RATIO times as much. `weight_decay` is for the matrices.
+
+    N-grams are many and most are rare. With plain gradient steps each row moves in proportion to its use, where AdamW
+    would move a row that was used once as far as the most frequent one, and overfit. `ngram_lr` is per token: a row
+    moves by ngram_lr times the gradient of each token's loss. A step's loss is the mean over `tokens_per_step` tokens,
+    so SGD's rate is their product. Every group stores its `initial_lr`, which `set_learning_rate` scales.
     """
     blocks = getattr(model.encoder, "blocks", nn.ModuleList())
     linear = {name: m.weight for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
     fused = [weight for name, weight in linear.items() if name.endswith("qkv")]
     single = [weight for name, weight in linear.items() if not name.endswith("qkv")]
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)] if linear else []
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)]  # of n-grams
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)]  # n-grams
     chosen = {id(p) for p in [*fused, *single, *embeddings, *tables]}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in chosen]},
-        {"params": embeddings, "lr": embedding_lr},
+        {"params": embeddings, "lr": LR_RATIO * lr},
     ]
     optimizers: list[torch.optim.Optimizer] = []
-    if linear and use_muon:
+    if linear and matrices == "muon":
         parts = [{"params": fused, "parts": 3}, {"params": single}]
-        optimizers.append(Muon(parts, lr=muon_lr, weight_decay=weight_decay))
+        optimizers.append(Muon(parts, lr=LR_RATIO * lr, weight_decay=weight_decay))
     else:
         groups.append({"params": [*fused, *single], "weight_decay": weight_decay})
     if tables:
-        optimizers.append(torch.optim.SGD(tables, lr=ngram_lr))
+        optimizers.append(torch.optim.SGD(tables, lr=ngram_lr * tokens_per_step))
     groups = [group for group in groups if group["params"]]
     optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
     for optimizer in optimizers:
@@ -112,12 +117,16 @@ def build_optimizers(
 
 
 def learning_rate_factor(progress: float, warmup: float = 0.02, cooldown: float = 0.6) -> float:
-    """Share of the peak learning rate at progress 0..1 of the run: a short rise, flat, then a straight line to zero."""
+    """Learning rate over its peak at progress 0..1 of the run: linear warm-up, constant, then linear to zero.
+
+    >>> [learning_rate_factor(progress) for progress in (0, 0.2, 1)]
+    [0.001, 1.0, 0.0]
+    """
     return max(0.0, min(1.0, progress / warmup + 1e-3, (1 - progress) / cooldown))
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Every group's rate becomes `factor` times its peak."""
+    """Set every group's learning rate to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["initial_lr"]

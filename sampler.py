@@ -1,70 +1,60 @@
-"""The reverse process: from masked text to text, with any predictor `predict(tokens) -> logits`.
+"""The reverse process: from masked tokens to text, with any predictor `predict(tokens) -> logits`.
 
-Three decisions make a sampler, and each is a named function: which positions to reveal and how many (unmasking.py),
-which tokens to write there (drawing.py), which of the written ones to mask again (below).
+A sampler makes three decisions, each a small function of its own: which positions to reveal and how many
+(unmasking.py), which tokens to write there (logits.py), and which written tokens to mask again (remasking, below).
+`reverse_process` is the entry; the loop itself is `unmask`.
 
-Letters: B rows, T positions, V vocabulary, N positions a token is drawn for, n tokens written so far.
+Letters: B rows, T positions, V vocabulary, N positions for which a token is drawn, n tokens written so far.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from drawing import draw, noise, penalize_repetition, probabilities, row_generators
-from unmasking import STRATA, Candidates, Due, Plan, UnmaskingPolicy, left_padding
+from logits import LogitsConfig, draw, noise, penalize_repetition, probabilities, row_generators
+from unmasking import TURNS, Candidates, RowSchedule, ScheduledStep, UnmaskingPolicy
+from utils.errors import ArgumentError, check_number
 
-MASK_ID = 1  # with this [MASK], ids 0, 1, 2 are [PAD], [MASK], [START]: this project's vocabulary
 Predict = Callable[[Tensor], Tensor]  # (B, T) -> (B, T, V), row by row
 
 
-@dataclass
-class Step:
-    """A state of the reverse process. All tensors are (B, T) and the caller's own."""
-
-    tokens: Tensor  # int64
-    committed: Tensor  # bool: written at this step
-    remasked: Tensor  # bool: masked again at this step
-    confidence: Tensor  # float64: the network's probability of each token when it was written; 1 if given, 0 if masked
-    nfe: int  # calls of predict so far; a guided call holds each row twice, and is one
-    evaluations: Tensor  # (B,) rows the network has seen for each of ours: guidance counts 2 a call
+# ------------------------------------------------------------------------------------------------- remasking
+# A step, eta and the confidences (n,) of the tokens written so far -> sigma (n,), their probabilities of being masked
+# again: ReMDM's schedules (arXiv 2503.00307, section 4). alpha_t is the share that is visible at time t.
+def sigma_max(step: ScheduledStep) -> float:
+    """The largest sigma that keeps the marginals: min(1, (1 - alpha_s) / alpha_t)."""
+    return min(1.0, step.s / (1 - step.t)) if step.t < 1 else 1.0
 
 
-# ------------------------------------------------------------------------------------------------- second thoughts
-def highest_sigma(due: Due) -> float:
-    """ReMDM's sigma_max = min(1, (1 - alpha_s) / alpha_t), with alpha = 1 - the share masked."""
-    return min(1.0, due.s / (1 - due.t)) if due.t < 1 else 1.0
+def remask_random(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
+    """The falling rate 1 - alpha_s, the same for all."""
+    return torch.full_like(confidence, step.s)
 
 
-def remask_random(due: Due, eta: float, confidence: Tensor) -> Tensor:
-    """Everything written is up for remasking, with the falling rate 1 - alpha_s."""
-    return torch.full_like(confidence, due.s)
-
-
-def remask_cap(due: Due, eta: float, confidence: Tensor) -> Tensor:
+def remask_cap(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
     """min(eta, sigma_max)."""
-    return torch.full_like(confidence, min(eta, highest_sigma(due)))
+    return torch.full_like(confidence, min(eta, sigma_max(step)))
 
 
-def remask_rescale(due: Due, eta: float, confidence: Tensor) -> Tensor:
+def remask_rescale(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
     """eta sigma_max."""
-    return torch.full_like(confidence, eta * highest_sigma(due))
+    return torch.full_like(confidence, eta * sigma_max(step))
 
 
-def remask_conf(due: Due, eta: float, confidence: Tensor) -> Tensor:
-    """sigma_max shared out by softmax(-confidence): the unsure ones first."""
-    return highest_sigma(due) * (-confidence).softmax(0)
+def remask_conf(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
+    """sigma_max distributed by softmax(-confidence): the least confident tokens first."""
+    return sigma_max(step) * (-confidence).softmax(0)
 
 
-def remask_loop(due: Due, eta: float, confidence: Tensor) -> Tensor:
-    """As `cap` while time stands still (see `loop_steps`), else nothing."""
-    return remask_cap(due, eta, confidence) if due.t == due.s else torch.zeros_like(confidence)
+def remask_loop(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
+    """As `cap` while time stands still (see `loop_schedule`), else nothing."""
+    return remask_cap(step, eta, confidence) if step.t == step.s else torch.zeros_like(confidence)
 
 
-# A step's time, eta and the confidences (n,) of what is written -> (n,) probabilities sigma of being masked again.
-REMASKERS: dict[str, Callable[[Due, float, Tensor], Tensor]] = {  # ReMDM, arXiv 2503.00307, section 4
+REMASKERS: dict[str, Callable[[ScheduledStep, float, Tensor], Tensor]] = {
     "random": remask_random,
     "cap": remask_cap,
     "rescale": remask_rescale,
@@ -74,65 +64,67 @@ REMASKERS: dict[str, Callable[[Due, float, Tensor], Tensor]] = {  # ReMDM, arXiv
 LOOP_ON, LOOP_OFF, LOOP_MASKED = 0.55, 0.05, 0.1  # ReMDM's t_on, t_off and 1 - alpha_on
 
 
-def loop_steps(steps: list[Due], size: int) -> list[Due]:
-    """ReMDM-loop's time for a block of `size`: 45 % of the steps down to a tenth masked, the last 5 % (at least one)
-    from there to none, and those between standing still. Fewer than three steps leave no time for that."""
+def loop_schedule(steps: list[ScheduledStep], size: int) -> list[ScheduledStep]:
+    """ReMDM-loop's time for a block of `size` positions, in as many steps as given.
+
+    45 % of the steps lead down to a tenth masked, the last 5 % (at least one) from there to none, and in those between
+    time stands still. Fewer than three steps stay as they are.
+    """
     K = len(steps)
     if K < 3:
         return steps
     first, last = max(1, round(K * (1 - LOOP_ON))), max(1, round(K * LOOP_OFF))
     shares = [1 - (1 - LOOP_MASKED) * k / first for k in range(first)] + [LOOP_MASKED] * max(K - first - last + 1, 1)
     shares += [LOOP_MASKED * (1 - k / last) for k in range(1, last)] + [0.0]
-    return [Due(steps[0].block, round(size * s), t, s) for t, s in pairwise(shares)]
+    return [ScheduledStep(steps[0].block, round(size * s), t, s) for t, s in pairwise(shares)]
 
 
-# ------------------------------------------------------------------------------------------------- one row's progress
-class Row:
-    """Where one row stands in its plan, and its random stream."""
+# ------------------------------------------------------------------------------------------------- settings, states
+@dataclass(frozen=True)
+class SamplingConfig(UnmaskingPolicy, LogitsConfig):
+    """Everything that decides how masks become text. The defaults are LLaDA's published sampler (arXiv 2502.09992).
 
-    def __init__(self, plan: Plan, generator: torch.Generator, policy: UnmaskingPolicy, remask: str | None, eta: float):
-        self.plan, self.generator, self.next_step = plan, generator, 0
-        self.ancestral, self.remask, self.eta = policy.schedule == "ancestral", remask, eta
-        if remask == "loop":
-            sizes = torch.bincount(plan.block[plan.block >= 0]).tolist()
-            blocks = [[due for due in plan.steps if due.block == b] for b in range(len(sizes))]
-            plan.steps = [due for steps, size in zip(blocks, sizes, strict=True) for due in loop_steps(steps, size)]
+    The unmasking policy's fields: see `UnmaskingPolicy`; temperature (here 0 by default), top_k, top_p and
+    repetition_penalty: see `LogitsConfig`. Confidence is the probability before temperature, top-k and top-p.
 
-    def advance(self, masked: Tensor, confidence: Tensor) -> tuple[Tensor, int, Tensor] | None:
-        """The next step that changes something, given masked (T,) and confidence (T,): None when the plan is done.
+    remask: a name in REMASKERS; eta: its strength. With order random and schedule ancestral these are ReMDM's
+        samplers; with other orders and schedules as many tokens are revealed as keep the schedule.
+    cfg_scale: unsupervised classifier-free guidance: logits = u + (cfg_scale + 1) (c - u), with u from the given tokens
+        masked (LLaDA, appendix A). It doubles the rows that the network reads.
+    slide: how far the window moves on over texts longer than the context (generation/infilling.py); None: half of it.
 
-        Returns the positions that may be revealed (T,), how many must be, and those to mask again (T,).
-        """
-        while self.next_step < len(self.plan.steps):
-            due = self.plan.steps[self.next_step]
-            self.next_step += 1
-            block = self.plan.block == due.block
-            where, written = masked & block, block & ~masked
-            sigma = self.remask_probabilities(due, block, masked, confidence)
-            remasked = written & (noise([self.generator], written[None])[0] < sigma) if sigma.any() else written & False
-            if self.ancestral:
-                n = self.ancestral_count(due, sigma[where])
-            else:  # whatever keeps the schedule
-                n = min(int(where.sum()), max(0, int(where.sum()) + int(remasked.sum()) - due.target))
-            if n or remasked.any():
-                return where, n, remasked
-        return None
+    Raises ValueError (ArgumentError where it names an argument) for values that cannot be used together.
+    """
 
-    def remask_probabilities(self, due: Due, block: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
-        """ReMDM's sigma at each position (T,); 0 outside the block. What is masked counts as infinitely sure."""
-        sigma = torch.zeros_like(confidence)
-        if self.remask is not None and due.s > 0 and (block & ~masked).any():
-            sigma[block] = REMASKERS[self.remask](due, self.eta, confidence.masked_fill(masked, torch.inf)[block])
-        return sigma
+    temperature: float = 0.0
+    remask: str | None = None
+    eta: float = 0.02
+    cfg_scale: float = 0.0
+    slide: int | None = None
 
-    def ancestral_count(self, due: Due, sigma: Tensor) -> int:
-        """How many masked positions are revealed if each is on its own, sigma (n,) being theirs.
+    def __post_init__(self):
+        UnmaskingPolicy.__post_init__(self)
+        LogitsConfig.__post_init__(self)
+        if self.remask is not None and self.remask not in REMASKERS:
+            raise ArgumentError("remask", f"must be one of {', '.join(REMASKERS)}, got {self.remask!r}")
+        if self.remask is not None and self.order in TURNS:
+            raise ArgumentError("remask", f"does not go with the {self.order} order, which reveals each position once")
+        check_number("eta", self.eta, low=0, high=1)
+        check_number("cfg_scale", self.cfg_scale, low=0)
+        if self.slide is not None:
+            check_number("slide", self.slide, low=1)
 
-        ReMDM: with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); at sigma 0, ancestral, (t - s) / t.
-        """
-        shares = ((1 - due.s) - (1 - sigma) * (1 - due.t)) / due.t
-        draws = torch.rand(len(sigma), generator=self.generator, dtype=torch.float64)
-        return len(sigma) if due.s == 0 else int((draws < shares.cpu()).sum())
+
+@dataclass
+class Step:
+    """A state of the reverse process. All tensors are (B, T) and the caller's own."""
+
+    tokens: Tensor  # int64
+    revealed: Tensor  # bool: written at this step
+    remasked: Tensor  # bool: masked again at this step
+    confidence: Tensor  # float64: the network's probability of each token when it was written; 1 if given, 0 if masked
+    nfe: int  # network evaluations so far: calls of predict (a guided call holds each row twice, and is one)
+    evaluations: Tensor  # (B,) rows that the network has read for each of ours: guidance counts 2 a call
 
 
 # ------------------------------------------------------------------------------------------------- the reverse process
@@ -140,161 +132,225 @@ def reverse_process(
     predict: Predict,
     tokens: Tensor,
     mask_token_id: int,
+    config: SamplingConfig | None = None,
     *,
-    steps: int | None = None,
-    order: str = "confidence",
-    temperature: float = 0.0,
-    block_length: int | None = None,
+    never: Sequence[int] = (),
+    pad_token_id: int | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    schedule: str | list[int] = "uniform",
-    threshold: float | None = None,
-    factor: float | None = None,
-    entropy_bound: float | None = None,
-    remask: str | None = None,
-    eta: float = 0.02,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    cfg_scale: float = 0.0,
+    **settings,
 ) -> Iterator[Step]:
     """Write a token wherever tokens (B, T) hold `mask_token_id`; yield the state after every step, the last unmasked.
 
-    predict maps (b, T) tokens to (b, T, V) logits for any rows of the batch: rows that have nothing to do are not
-    computed. Each row has its own random stream (see `row_generators`), so its text does not depend on the batch.
-    Visible tokens never change, wherever they stand. `mask_token_id` is never written; in this project's vocabulary
-    (mask_token_id 1) neither are [PAD] and [START].
+    predict maps (b, T) tokens to (b, T, V) logits for any rows of the batch. Visible tokens never change, wherever they
+    stand, unless remasking is asked for: then written ones may, given ones never. [MASK] itself and the ids in `never`
+    are never written. Rows may be padded at the left with `pad_token_id`.
 
-    steps, order, schedule, block_length, threshold, factor, entropy_bound: see `UnmaskingPolicy`. With order
-    "confidence", the defaults are LLaDA's sampler (arXiv 2502.09992, Alg. 5): at temperature 0 its very tokens.
-    temperature, top_k, top_p: see `probabilities`. Confidence is the probability before them, as in LLaDA.
-    remask: a name in REMASKERS, eta its strength; with order "random" and schedule "ancestral" these are ReMDM's
-    samplers, with other orders and schedules as many tokens are revealed as keep the schedule.
-    cfg_scale: unsupervised classifier-free guidance: logits = u + (cfg_scale + 1) (c - u), with u from the given tokens
-    masked (LLaDA, appendix A). Raises ValueError for arguments that do not go together.
+    config: how to sample, by default LLaDA's published sampler; `settings` are fields of SamplingConfig that replace
+    config's. generator: each row has its own random stream (see `row_generators`), so that its text does not depend on
+    the batch; None is seed 0. Raises ValueError at once for settings that fit neither each other nor the tokens.
     """
-    schedule = schedule if isinstance(schedule, str) else tuple(schedule)
-    policy = UnmaskingPolicy(steps, order, schedule, block_length, threshold, factor, entropy_bound)
+    config = replace(config or SamplingConfig(), **settings)
     if tokens.dim() != 2:
         raise ValueError(f"tokens must be of shape (B, T), got {tuple(tokens.shape)}")
-    if remask is not None and remask not in REMASKERS:
-        raise ValueError(f"remask must be one of {', '.join(REMASKERS)}, got {remask!r}")
-    if remask is not None and order in STRATA:
-        raise ValueError(f"the {order} order writes each stratum once: it does not go with remask")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is a probability, got {eta}")
-    if not repetition_penalty > 0:
-        raise ValueError(f"repetition_penalty must be greater than 0, got {repetition_penalty}")
-    if not cfg_scale >= 0:
-        raise ValueError(f"cfg_scale must be at least 0, got {cfg_scale}")
-    probabilities(torch.zeros(1, 2), temperature, top_k, top_p)  # raises for what it does not accept
-    write = Writer(mask_token_id, temperature, top_k, top_p, repetition_penalty)
-    guided = Guidance(predict, tokens, mask_token_id, cfg_scale)
+    generators = row_generators(generator, tokens, pad_token_id)
     rows = [
-        Row(policy.plan(masked), stream, policy, remask, eta)
-        for masked, stream in zip(tokens == mask_token_id, row_generators(generator, tokens), strict=True)
+        RowProgress(config, masked, generator)
+        for masked, generator in zip(tokens == mask_token_id, generators, strict=True)
     ]
-    return run(guided, write, policy, rows, tokens.clone(), mask_token_id)
+    guided = GuidedPredictor(predict, tokens, mask_token_id, config.cfg_scale, pad_token_id)
+    never = sorted({mask_token_id, *never})
+    return unmask(guided, config, rows, tokens.clone(), mask_token_id, never, left_padding(tokens, pad_token_id))
 
 
-def run(
-    predict: "Guidance", write: "Writer", policy: UnmaskingPolicy, rows: list[Row], tokens: Tensor, mask_token_id: int
+def unmask(
+    predict: "GuidedPredictor",
+    config: SamplingConfig,
+    rows: list["RowProgress"],
+    tokens: Tensor,
+    mask_token_id: int,
+    never: list[int],
+    first_columns: list[int],
 ) -> Iterator[Step]:
-    """The loop of `reverse_process`: rows go through their plans side by side, each at its own pace."""
+    """The loop of `reverse_process`. Rows follow their schedules side by side; a finished row is not computed."""
     masked = tokens == mask_token_id
     confidence = (~masked).double()
     nfe, evaluations = 0, torch.zeros(len(tokens), dtype=torch.long)
     if not masked.any():
-        nothing = torch.zeros_like(masked)
-        yield Step(tokens, nothing, nothing.clone(), confidence, nfe, evaluations)
-    unfinished = range(len(tokens))
+        yield Step(tokens, torch.zeros_like(masked), torch.zeros_like(masked), confidence, nfe, evaluations)
+    unfinished = list(range(len(tokens)))
     while True:
+        # 1. What each row's schedule asks for: candidates, how many of them to reveal, what to mask again.
         moves = {b: rows[b].advance(masked[b], confidence[b]) for b in unfinished}
         unfinished = [b for b in unfinished if moves[b] is not None]
         if not unfinished:
             return
-        committed, remasked = torch.zeros_like(masked), torch.zeros_like(masked)
-        active = [b for b in unfinished if moves[b][1]]  # others only mask again: no need to ask the network
+        revealed, remasked = torch.zeros_like(masked), torch.zeros_like(masked)
+        active = [b for b in unfinished if moves[b].count]  # rows that only remask need no network
         if active:
-            logits = predict(tokens, active)
+            # 2. One network evaluation.
+            logits = predict(tokens, active)  # (b, T, V)
             nfe += 1
             evaluations[active] += predict.rows_per_row
-            where = torch.stack([moves[b][0] for b in active])
-            streams = [rows[b].generator for b in active]
-            strata = torch.stack([rows[b].plan.stratum for b in active])
-            dues = [moves[b][1] for b in active]
-            chosen, written, p = reveal(policy, write, logits, tokens[active], Candidates(where, strata, streams), dues)
-            committed[active] = chosen
-            tokens[committed], confidence[committed] = written, p
+            # 3. Which positions, and which tokens.
+            where = torch.stack([moves[b].where for b in active])
+            turn = torch.stack([rows[b].schedule.turn for b in active])
+            candidates = Candidates(where, turn, [rows[b].generator for b in active])
+            counts, starts = [moves[b].count for b in active], [first_columns[b] for b in active]
+            chosen, written, p = reveal(config, logits, tokens[active], candidates, counts, starts, never)
+            revealed[active] = chosen
+            tokens[revealed], confidence[revealed] = written, p
+        # 4. Remasking.
         for b in unfinished:
-            remasked[b] = moves[b][2]
+            remasked[b] = moves[b].remasked
         tokens[remasked], confidence[remasked] = mask_token_id, 0.0
         masked = tokens == mask_token_id
-        yield Step(tokens.clone(), committed, remasked, confidence.clone(), nfe, evaluations.clone())
+        yield Step(tokens.clone(), revealed, remasked, confidence.clone(), nfe, evaluations.clone())
 
 
 def reveal(
-    policy: UnmaskingPolicy, write: "Writer", logits: Tensor, tokens: Tensor, candidates: Candidates, dues: list[int]
+    config: SamplingConfig,
+    logits: Tensor,
+    tokens: Tensor,
+    candidates: Candidates,
+    counts: list[int],
+    first_columns: list[int],
+    never: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (B, T) bool, and in row-major order their tokens and probabilities, given logits (B, T, V).
+    """Positions (B, T) bool and, in row-major order, their tokens and probabilities, given logits (B, T, V).
 
-    If the network has no say in the positions, tokens are drawn for them alone; else for all candidates, since the
-    confidence that decides is that of the token drawn.
+    Tokens are drawn for the revealed positions alone. Only the drawn_confidence order needs a token for every
+    candidate, as the drawn tokens decide the positions.
     """
-    if policy.is_blind:
-        chosen = policy.choose(candidates, dues, tokens)
-        return chosen, *write(logits, tokens, chosen, candidates.generators)[:2]
-    where = candidates.where
-    written, confidence, p = write(logits, tokens, where, candidates.generators)
-    candidates.p, candidates.confidence = p, confidence
-    chosen = policy.choose(candidates, dues, tokens)
-    return chosen, written[chosen[where]], confidence[chosen[where]]
+    where, generators = candidates.where, candidates.generators
+    if not config.needs_network:
+        chosen = config.choose(candidates, counts, first_columns)
+        at_chosen = logits_at(logits, tokens, chosen, config)
+        written = draw_tokens(at_chosen, chosen, generators, config, never)
+        return chosen, written, at_chosen.softmax(-1).gather(1, written[:, None])[:, 0]
+
+    at_candidates = logits_at(logits, tokens, where, config)  # (N, V)
+    p = at_candidates.softmax(-1)  # a foreign predictor may give ids that are never written a share
+    candidates.p = p.masked_fill(is_excluded(never, p), 0.0)
+    if config.order == "drawn_confidence":
+        drawn = draw_tokens(at_candidates, where, generators, config, never)
+        candidates.drawn_p = p.gather(1, drawn[:, None])[:, 0]
+        chosen = config.choose(candidates, counts, first_columns)
+        return chosen, drawn[chosen[where]], candidates.drawn_p[chosen[where]]
+    chosen = config.choose(candidates, counts, first_columns)
+    written = draw_tokens(at_candidates[chosen[where]], chosen, generators, config, never)
+    return chosen, written, p[chosen[where]].gather(1, written[:, None])[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------- tokens
+def logits_at(logits: Tensor, tokens: Tensor, where: Tensor, config: SamplingConfig) -> Tensor:
+    """logits (B, T, V) at the N positions of where (B, T), after the repetition penalty: (N, V) float64."""
+    at_positions = logits[where].double()
+    if config.repetition_penalty == 1.0:
+        return at_positions
+    V = logits.shape[-1]
+    seen = torch.zeros(len(tokens), max(V, int(tokens.max()) + 1), dtype=torch.bool, device=tokens.device)
+    seen = seen.scatter_(1, tokens, True)[:, :V]  # (B, V)
+    return penalize_repetition(at_positions, seen[where.nonzero()[:, 0]], config.repetition_penalty)
+
+
+def draw_tokens(
+    logits: Tensor, where: Tensor, generators: list[torch.Generator], config: SamplingConfig, never: list[int]
+) -> Tensor:
+    """One token for each of logits (N, V), the positions of where (B, T) in row-major order: (N,), none of `never`."""
+    logits = logits.masked_fill(is_excluded(never, logits), -torch.inf)
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    return draw(probabilities(logits, config), noise(generators, where)[where])
+
+
+def is_excluded(never: list[int], over_vocabulary: Tensor) -> Tensor:
+    """(V,) bool: the ids that are never written, for a tensor (..., V). The mask's id may lie outside of it."""
+    ids = torch.arange(over_vocabulary.shape[-1], device=over_vocabulary.device)
+    return torch.isin(ids, torch.tensor(never, device=ids.device))
+
+
+def left_padding(tokens: Tensor, pad_token_id: int | None) -> list[int]:
+    """How many padding tokens each row of tokens (B, T) begins with."""
+    if pad_token_id is None:
+        return [0] * len(tokens)
+    return (tokens == pad_token_id).long().cumprod(1).sum(1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------- one row's progress
 @dataclass
-class Writer:
-    """Which tokens: draws them from logits, never a special one."""
+class Move:
+    """What one row does next."""
 
-    mask_token_id: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float
+    where: Tensor  # (T,) the positions that may be revealed
+    count: int  # how many of them must be
+    remasked: Tensor  # (T,) written positions to mask again
 
-    def __call__(
-        self, logits: Tensor, tokens: Tensor, where: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """logits (B, T, V), tokens and where (B, T) -> drawn tokens (N,), their probabilities (N,), and p (N, V).
 
-        p are the network's own probabilities, float64: a foreign predictor may give special tokens a share of them.
+class RowProgress:
+    """Where one row stands in its schedule, and its random stream."""
+
+    def __init__(self, config: SamplingConfig, masked: Tensor, generator: torch.Generator):
+        self.config, self.generator, self.step_index = config, generator, 0
+        self.schedule = config.plan(masked)
+        if config.remask == "loop":
+            self.schedule = with_loops(self.schedule)
+
+    def advance(self, masked: Tensor, confidence: Tensor) -> Move | None:
+        """The next step that changes something, given masked (T,) and confidence (T,); None after the last one."""
+        while self.step_index < len(self.schedule.steps):
+            step = self.schedule.steps[self.step_index]
+            self.step_index += 1
+            block = self.schedule.block == step.block
+            where, written = masked & block, block & ~masked
+            sigma = self.remask_probabilities(step, block, masked, confidence)
+            remasked = torch.zeros_like(written)
+            if sigma.any():
+                remasked = written & (noise([self.generator], written[None])[0] < sigma)
+            if self.config.schedule == "ancestral":
+                count = self.ancestral_count(step, sigma[where])
+            else:  # as many as keep the schedule
+                count = min(int(where.sum()), max(0, int(where.sum()) + int(remasked.sum()) - step.remaining))
+            if count or remasked.any():
+                return Move(where, count, remasked)
+        return None
+
+    def remask_probabilities(self, step: ScheduledStep, block: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
+        """ReMDM's sigma at each position (T,), 0 outside the block; a masked position counts as fully confident."""
+        sigma = torch.zeros_like(confidence)
+        if self.config.remask is not None and step.s > 0 and (block & ~masked).any():
+            in_block = confidence.masked_fill(masked, torch.inf)[block]
+            sigma[block] = REMASKERS[self.config.remask](step, self.config.eta, in_block)
+        return sigma
+
+    def ancestral_count(self, step: ScheduledStep, sigma: Tensor) -> int:
+        """How many masked positions are revealed if each is revealed independently, sigma (n,) being theirs.
+
+        ReMDM: with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); at sigma 0, ancestral, (t - s) / t.
         """
-        V = logits.shape[-1]
-        logits = logits[where].double()  # (N, V)
-        if self.repetition_penalty != 1.0:
-            seen = torch.zeros(len(tokens), max(V, int(tokens.max()) + 1), dtype=torch.bool, device=tokens.device)
-            seen = seen.scatter_(1, tokens, True)[:, :V]  # (B, V)
-            logits = penalize_repetition(logits, seen[where.nonzero()[:, 0]], self.repetition_penalty)
-        p = logits.softmax(-1)
-        never = range(3) if self.mask_token_id == MASK_ID else [self.mask_token_id]
-        logits[:, [i for i in never if i < V]] = -torch.inf
-        if self.temperature == 0:
-            drawn = logits.argmax(-1)
-        else:
-            u = noise(generators, where)[where]
-            drawn = draw(probabilities(logits, self.temperature, self.top_k, self.top_p), u)
-        return drawn, p.gather(1, drawn[:, None])[:, 0], p
+        shares = ((1 - step.s) - (1 - sigma) * (1 - step.t)) / step.t
+        draws = torch.rand(len(sigma), generator=self.generator, dtype=torch.float64)
+        return len(sigma) if step.s == 0 else int((draws < shares.cpu()).sum())
+
+
+def with_loops(schedule: RowSchedule) -> RowSchedule:
+    """The schedule with ReMDM-loop's time in each block."""
+    sizes = torch.bincount(schedule.block[schedule.block >= 0]).tolist()
+    steps = []
+    for b, size in enumerate(sizes):
+        steps += loop_schedule([step for step in schedule.steps if step.block == b], size)
+    return schedule._replace(steps=steps)
 
 
 # ------------------------------------------------------------------------------------------------- guidance
-class Guidance:
-    """`predict`, guided by what it says without the given tokens if cfg_scale > 0: one call with every row twice."""
+class GuidedPredictor:
+    """`predict` with classifier-free guidance if cfg_scale > 0: one call in which every row stands twice."""
 
-    def __init__(self, predict: Predict, tokens: Tensor, mask_token_id: int, cfg_scale: float):
+    def __init__(
+        self, predict: Predict, tokens: Tensor, mask_token_id: int, cfg_scale: float, pad_token_id: int | None
+    ):
         self.predict, self.mask_token_id, self.cfg_scale = predict, mask_token_id, cfg_scale
         self.rows_per_row = 1 if cfg_scale == 0 else 2
-        self.given = tokens != mask_token_id
-        if mask_token_id == MASK_ID:  # padding is no prompt: it stays what it is
-            self.given &= torch.arange(tokens.shape[1], device=tokens.device) >= left_padding(tokens)[:, None]
+        first = torch.tensor(left_padding(tokens, pad_token_id), device=tokens.device)[:, None]  # padding is no prompt
+        self.given = (tokens != mask_token_id) & (torch.arange(tokens.shape[1], device=tokens.device) >= first)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, rows: list[int]) -> Tensor:

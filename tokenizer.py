@@ -13,13 +13,14 @@ import numpy as np
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[START]", "[END]")
 PAD_ID, MASK_ID, START_ID, END_ID = range(4)
-CHUNK = 1 << 22  # characters encoded at a time: bounds the memory of the UTF-32 detour on large texts
+NEVER_WRITTEN = (PAD_ID, MASK_ID, START_ID)  # ids that no sampler writes; [END] may be written and ends a text
+CHUNK = 1 << 22  # characters encoded at a time: bounds the memory of their UTF-32 copy
 
 
 class SimpleTokenizer:
     """A character tokenizer: ids 0..3 are the special tokens, then the characters of `text` in sorted order.
 
-    `encode` is one table look-up per character (numpy, over 100 MB/s), so large corpora need nothing else.
+    `encode` is one table look-up per character (numpy, over 100 MB/s), fast enough for large corpora.
     """
 
     def __init__(self, text: str):
@@ -29,10 +30,10 @@ class SimpleTokenizer:
         vocabulary = (*SPECIAL_TOKENS, *characters)
         self.id_to_char = dict(enumerate(vocabulary))
         self.char_to_id = {char: i for i, char in self.id_to_char.items()}
-        self.dtype = np.min_scalar_type(len(vocabulary))  # one id more than the largest: the mark of "unknown"
+        self.dtype = np.min_scalar_type(len(vocabulary))  # must hold one more value, which means "unknown"
         code_points = np.array([ord(char) for char in characters], dtype=np.uint32)
         self._unknown = len(vocabulary)
-        # Look-up tables both ways; the entry after the last known code point catches everything beyond it.
+        # Look-up tables both ways. The entry after the last known code point stands for all larger ones.
         self._id_of = np.full(int(code_points.max(initial=0)) + 2, self._unknown, dtype=self.dtype)
         self._id_of[code_points] = np.arange(len(SPECIAL_TOKENS), self._unknown, dtype=self.dtype)
         self._code_point_of = np.concatenate([np.zeros(len(SPECIAL_TOKENS), np.uint32), code_points])
@@ -48,9 +49,9 @@ class SimpleTokenizer:
         return "".join(list(self.char_to_id)[len(SPECIAL_TOKENS):])
 
     def encode(self, text: str) -> np.ndarray:
-        """Text -> (len(text),) ids in the smallest unsigned type that fits. "hole" -> [5, 7, 6, 4] above.
+        """Text -> (len(text),) ids in the smallest unsigned type that fits.
 
-        Raises ValueError that shows the first unknown character and its position.
+        Raises ValueError with the first unknown character and its position.
         """
         ids = np.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), CHUNK):
@@ -88,7 +89,7 @@ class SimpleTokenizer:
 
     @classmethod
     def from_dict(cls, state: dict) -> "SimpleTokenizer":
-        """Rebuild the tokenizer `to_dict` described. Raises ValueError for other special tokens."""
+        """The inverse of `to_dict`. Raises ValueError for other special tokens."""
         if tuple(state["special_tokens"]) != SPECIAL_TOKENS:
             raise ValueError(f"special tokens {state['special_tokens']} differ from {list(SPECIAL_TOKENS)}")
         tokenizer = cls.__new__(cls)

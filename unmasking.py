@@ -1,8 +1,8 @@
-"""Which masked positions to reveal next, and how many: the unmasking policy of a masked diffusion model.
+"""Unmasking policies: which masked positions are revealed next, and how many.
 
-An order gives every candidate a score, the highest is revealed first. A schedule fixes how many are revealed at each
-step; an adaptive rule may reveal more, where the model is sure. Each is one small function, registered under the name
-it has on the command line, so that a new sampler is ten lines.
+An order gives every candidate position a score; the highest score is revealed first. A schedule fixes how many are
+revealed at each step. An adaptive rule may reveal more, where the model is confident. Each is one small function,
+registered under its name on the command line.
 
 Letters: B rows, T positions, V vocabulary, N candidates (all rows together), M candidates of one row, K steps.
 """
@@ -17,19 +17,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drawing import PAD_ID, noise
+from logits import noise
+from utils.errors import ArgumentError, check_number
+
+STRIDE = 16  # default of the sweep and strided orders: network evaluations a block, and the distance in positions
 
 
 # ------------------------------------------------------------------------------------------------- which positions
 @dataclass
 class Candidates:
-    """The masked positions that may be revealed now. `p` and `confidence` are None for orders that need no network."""
+    """The masked positions that may be revealed now; `p` and `drawn_p` are None for orders that do not use them."""
 
-    where: Tensor  # (B, T) bool, true N times: the current block of each row
-    stratum: Tensor  # (B, T) the step at which the sweep and the strided order write a position
+    where: Tensor  # (B, T) bool, true N times: the masked positions of each row's current block
+    turn: Tensor  # (B, T) the step at which the sweep and strided orders reveal each position
     generators: list[torch.Generator] | None = None  # one a row
     p: Tensor | None = None  # (N, V) float64 probabilities of the network, row-major as in `where`
-    confidence: Tensor | None = None  # (N,) probability of the token that would be written
+    drawn_p: Tensor | None = None  # (N,) the share of p of the token that was drawn at each candidate
 
 
 def random_order(candidates: Candidates) -> Tensor:
@@ -37,9 +40,14 @@ def random_order(candidates: Candidates) -> Tensor:
     return noise(candidates.generators, candidates.where)[candidates.where]
 
 
+def drawn_confidence_order(candidates: Candidates) -> Tensor:
+    """Probability of the token that was drawn: LLaDA's low-confidence remasking (arXiv 2502.09992, Alg. 5)."""
+    return candidates.drawn_p
+
+
 def confidence_order(candidates: Candidates) -> Tensor:
-    """Probability of the token that would be written: LLaDA's low-confidence remasking (arXiv 2502.09992, Alg. 5)."""
-    return candidates.confidence
+    """Probability of the likeliest token. Equal to `drawn_confidence` at temperature 0."""
+    return candidates.p.amax(-1)
 
 
 def margin_order(candidates: Candidates) -> Tensor:
@@ -58,22 +66,24 @@ def left_order(candidates: Candidates) -> Tensor:
     return -candidates.where.nonzero()[:, 1].double()
 
 
-def stratum_order(candidates: Candidates) -> Tensor:
-    """By stratum (see STRATA), left to right inside one."""
+def turn_order(candidates: Candidates) -> Tensor:
+    """By turn (see TURNS), left to right among equal turns."""
     T = candidates.where.shape[1]
-    return -candidates.stratum[candidates.where].double() - candidates.where.nonzero()[:, 1].double() / T
+    return -candidates.turn[candidates.where].double() - candidates.where.nonzero()[:, 1].double() / T
 
 
-ORDERS: dict[str, Callable[[Candidates], Tensor]] = {
+ORDERS: dict[str, Callable[[Candidates], Tensor]] = {  # name -> (N,) scores
     "random": random_order,
+    "drawn_confidence": drawn_confidence_order,
     "confidence": confidence_order,
     "margin": margin_order,
     "entropy": entropy_order,
     "left": left_order,
-    "strided": stratum_order,
-    "sweep": stratum_order,
+    "strided": turn_order,
+    "sweep": turn_order,
 }
-BLIND_ORDERS = ("random", "left", "strided", "sweep")  # they do not look at the network's output
+NETWORK_FREE_ORDERS = ("random", "left", "strided", "sweep")  # they do not use the network's output
+INEXACT_ORDERS = ("random", "drawn_confidence")  # positions depend on random draws: no exact likelihood
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -82,46 +92,54 @@ def entropy(p: Tensor) -> Tensor:
 
 
 @lru_cache
-def bit_reversal(steps: int) -> tuple[int, ...]:
+def bit_reversed_turns(steps: int) -> tuple[int, ...]:
     """Each step halves the gaps that the steps before it left.
 
     If S is no power of two, the residues keep the order of their reversed bits.
-    bit_reversal(8) -> (0, 4, 2, 6, 1, 5, 3, 7); bit_reversal(6) -> (0, 3, 2, 5, 1, 4).
+
+    >>> bit_reversed_turns(8), bit_reversed_turns(6)
+    ((0, 4, 2, 6, 1, 5, 3, 7), (0, 3, 2, 5, 1, 4))
     """
     bits = (steps - 1).bit_length()
     residues = sorted(range(steps), key=lambda r: int(f"{r:0{bits}b}"[::-1], 2))
     return tuple(sorted(range(steps), key=residues.__getitem__))
 
 
-def in_turn(steps: int) -> tuple[int, ...]:
-    """A pen at every S-th position, all moving on to the right together: each character's left neighbours are known."""
+def sweep_turns(steps: int) -> tuple[int, ...]:
+    """Step k reveals positions k, k + S, k + 2S, ...: after the first step, each left neighbour is visible."""
     return tuple(range(steps))
 
 
-# S -> the step at which the j-th masked position is written, by j mod S. Positions written together are S apart:
-# characters that stand far apart hardly depend on each other. So S evaluations do, whatever the length of the text.
-STRATA: dict[str, Callable[[int], tuple[int, ...]]] = {"strided": bit_reversal, "sweep": in_turn}
+# S -> the step that reveals the j-th masked position, by j mod S. Positions revealed together are S apart, and tokens
+# far apart hardly depend on each other. Related: dilated unmasking (arXiv 2506.19037), parallelized autoregression of
+# images (arXiv 2412.15119).
+TURNS: dict[str, Callable[[int], tuple[int, ...]]] = {"strided": bit_reversed_turns, "sweep": sweep_turns}
 
 
 # ------------------------------------------------------------------------------------------------- how many
 def uniform_schedule(masked: int, steps: int) -> list[int]:
-    """Equal counts, the remainder to the first steps (LLaDA). (10, 4) -> [3, 3, 2, 2]."""
+    """Equal counts, the remainder to the first steps (LLaDA).
+
+    >>> uniform_schedule(10, 4)
+    [3, 3, 2, 2]
+    """
     return [masked // steps + (k < masked % steps) for k in range(steps)]
 
 
 def cosine_schedule(masked: int, steps: int) -> list[int]:
-    """After step k of K the share cos(pi/2 k/K) is masked, so few come first (MaskGIT, arXiv 2202.04200).
+    """After step k of K the share cos(pi/2 k/K) is masked, so the first steps reveal few (MaskGIT, arXiv 2202.04200).
 
-    (10, 4) -> [1, 2, 4, 3].
+    >>> cosine_schedule(10, 4)
+    [1, 2, 4, 3]
     """
     left = [math.floor(masked * math.cos(math.pi / 2 * k / steps)) for k in range(steps)] + [0]
     return [before - after for before, after in pairwise(left)]
 
 
-SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {  # (masked, steps) -> counts
     "uniform": uniform_schedule,
     "cosine": cosine_schedule,
-    "ancestral": uniform_schedule,  # its expectation: the sampler draws the counts, each token on its own
+    "ancestral": uniform_schedule,  # the expected counts: the sampler reveals each token independently
 }
 
 
@@ -141,7 +159,7 @@ def entropy_bound_rule(confidence: Tensor, entropies: Tensor, bound: float) -> T
     return entropies.cumsum(0) - entropies.cummax(0).values <= bound
 
 
-RULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {  # (M,) (M,), in order -> (M,) still good
+RULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {  # (M,) (M,), best score first -> (M,) may be revealed
     "threshold": threshold_rule,
     "factor": factor_rule,
     "entropy_bound": entropy_bound_rule,
@@ -149,45 +167,45 @@ RULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {  # (M,) (M,), in
 
 
 # ------------------------------------------------------------------------------------------------- the policy
-class Due(NamedTuple):
-    """One step of a row's plan: bring the masked positions of `block` down to `target`; time runs from t to s."""
+class ScheduledStep(NamedTuple):
+    """One step of a row: reveal masked positions of `block` until `remaining` are left; time runs from t to s."""
 
     block: int
-    target: int
-    t: float  # share of the block that is masked before
-    s: float  # and after
+    remaining: int
+    t: float  # share of the block that is masked before the step
+    s: float  # and after it
 
 
-@dataclass
-class Plan:
-    """A row's steps, fixed before the first: `block` and `stratum` (T,) of each masked position, block -1 elsewhere."""
+class RowSchedule(NamedTuple):
+    """A row's steps, fixed before the first one."""
 
-    block: Tensor
-    stratum: Tensor
-    steps: list[Due]
+    block: Tensor  # (T,) the block of each masked position, -1 elsewhere
+    turn: Tensor  # (T,) the step of its block at which the sweep and strided orders reveal a position
+    steps: list[ScheduledStep]
 
-    def next(self, masked: Tensor, start: int = 0) -> int | None:
-        """The first step from `start` on that has something to reveal, given what is masked (T,); None at the end."""
-        counts = torch.bincount(self.block[masked], minlength=1).tolist()
-        for i in range(start, len(self.steps)):
-            if self.steps[i].block < len(counts) and counts[self.steps[i].block] > self.steps[i].target:
-                return i
-        return None
+    def next_step(self, masked: Tensor) -> ScheduledStep:
+        """The first step that has something to reveal, given masked (T,) with at least one true."""
+        counts = torch.bincount(self.block[masked], minlength=len(self.steps)).tolist()
+        return next(step for step in self.steps if counts[step.block] > step.remaining)
 
 
 @dataclass(frozen=True)
 class UnmaskingPolicy:
-    """Which positions are revealed at each step. Raises ValueError for what does not go together.
+    """Which positions are revealed at each step.
 
-    steps: the most network evaluations a row may cost (None: one for each masked position). order: a name in ORDERS.
-    schedule: a name in SCHEDULES, or the counts themselves. block_length: positions are revealed in blocks of so many,
-    from the first masked one to the right, each with its share of the steps (LLaDA's semi-autoregressive remasking).
-    threshold, factor, entropy_bound: at most one; reveal more than the schedule asks for, in order, as long as the
-    rule holds.
+    steps: the most network evaluations a row may cost, shared among its blocks. None: STRIDE a block for the sweep and
+        strided orders, one for each masked position for the others.
+    order: a name in ORDERS. schedule: a name in SCHEDULES, or the counts of each block themselves.
+    block_length: reveal in blocks of so many positions, from the first masked position to the right (LLaDA's
+        semi-autoregressive remasking).
+    threshold, factor, entropy_bound: at most one of them. Reveal more than the schedule asks for, best score first, as
+        long as the rule holds. Confidence is the likeliest token's probability, except with order drawn_confidence.
+
+    The defaults are LLaDA's. Raises ArgumentError for values that are out of range or do not go together.
     """
 
     steps: int | None = None
-    order: str = "confidence"
+    order: str = "drawn_confidence"
     schedule: str | tuple[int, ...] = "uniform"
     block_length: int | None = None
     threshold: float | None = None
@@ -196,28 +214,33 @@ class UnmaskingPolicy:
 
     def __post_init__(self):
         if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
-        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be {', '.join(SCHEDULES)} or a list of counts, got {self.schedule!r}")
-        if not isinstance(self.schedule, str) and (not self.schedule or min(self.schedule) < 1):
-            raise ValueError(f"a schedule is a list of counts of at least 1, got {list(self.schedule)}")
+            raise ArgumentError("order", f"must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        self._check_schedule()
         for name in ("steps", "block_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=1)
         rules = [name for name in RULES if getattr(self, name) is not None]
         if len(rules) > 1:
-            raise ValueError(f"{' and '.join(rules)} decide the same thing: give one of them")
-        if self.order in STRATA and self.schedule != "uniform":
-            raise ValueError(f"the {self.order} order has its own schedule, one stratum a step: leave schedule out")
+            raise ArgumentError(rules[0], f"does not go with {rules[1]}: give one of them")
+        for name in rules:
+            check_number(name, getattr(self, name), low=0, high=1 if name == "threshold" else None)
         if self.schedule == "ancestral" and (self.order != "random" or rules):
-            raise ValueError("the ancestral schedule goes with order random and no adaptive rule")
-        if not isinstance(self.schedule, str) and self.steps not in (None, len(self.schedule)):
-            raise ValueError(f"{len(self.schedule)} counts make {len(self.schedule)} steps, not {self.steps}")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a probability, got {self.threshold}")
-        for name in ("factor", "entropy_bound"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            raise ArgumentError("schedule", "ancestral goes with order random and no adaptive rule")
+
+    def _check_schedule(self) -> None:
+        if isinstance(self.schedule, str):
+            if self.schedule not in SCHEDULES:
+                raise ArgumentError(
+                    "schedule", f"must be {', '.join(SCHEDULES)} or a list of counts, got {self.schedule!r}"
+                )
+        else:
+            object.__setattr__(self, "schedule", tuple(self.schedule))  # a list would not be hashable
+            if not self.schedule or min(self.schedule) < 1:
+                raise ArgumentError("schedule", f"must be a list of counts of at least 1, got {list(self.schedule)}")
+            if self.steps not in (None, len(self.schedule)):
+                raise ArgumentError("steps", f"must be {len(self.schedule)}, the length of the schedule, or left out")
+        if self.order in TURNS and self.schedule != "uniform":
+            raise ArgumentError("schedule", f"does not go with the {self.order} order, which fixes the counts itself")
 
     @property
     def rule(self) -> str | None:
@@ -225,83 +248,113 @@ class UnmaskingPolicy:
         return next((name for name in RULES if getattr(self, name) is not None), None)
 
     @property
-    def is_blind(self) -> bool:
-        """Whether the positions are known before the network is asked."""
-        return self.order in BLIND_ORDERS and self.rule is None
+    def needs_network(self) -> bool:
+        """Whether the positions depend on the network's output."""
+        return self.order not in NETWORK_FREE_ORDERS or self.rule is not None
 
-    def plan(self, masked: Tensor) -> Plan:
-        """The steps of one row, masked (T,) at the start."""
+    @property
+    def has_exact_likelihood(self) -> bool:
+        """Whether the positions follow from what is visible, so that `policy_likelihood` is exact at temperature 1."""
+        return self.order not in INEXACT_ORDERS
+
+    def plan(self, masked: Tensor) -> RowSchedule:
+        """The steps of one row, masked (T,) at the start. Raises ArgumentError if the settings do not fit the row."""
         positions = masked.nonzero()[:, 0]
         block = torch.full_like(masked, -1, dtype=torch.long)
-        stratum, steps = torch.zeros_like(block), []
+        turn, steps = torch.zeros_like(block), []
         if not len(positions):
-            return Plan(block, stratum, steps)
+            return RowSchedule(block, turn, steps)
         labels = (positions - positions[0]) // (self.block_length or len(masked))
-        labels = labels.unique(return_inverse=True)[1]  # a block that is visible already takes no steps
+        labels = labels.unique(return_inverse=True)[1]  # a block without masks takes no steps
         block[positions] = labels
         sizes = labels.bincount().tolist()
-        for b, size in enumerate(sizes):
-            share = size if self.steps is None else self.steps // len(sizes) + (b < self.steps % len(sizes))
-            counts, its_strata = self.counts(size, max(share, 1))
-            stratum[positions[labels == b]] = its_strata.to(stratum)
-            left, before = size, 1.0
+        for b, (size, budget) in enumerate(zip(sizes, self._steps_of_blocks(sizes), strict=True)):
+            counts, turns = self._counts_and_turns(size, budget)
+            turn[positions[labels == b]] = turns.to(turn)
+            remaining, t = size, 1.0
             for k, count in enumerate(counts):
-                left -= count
-                after = 1 - (k + 1) / len(counts) if self.schedule == "ancestral" else left / size
-                steps.append(Due(b, left, before, after))
-                before = after
-        return Plan(block, stratum, steps)
+                remaining -= count
+                s = 1 - (k + 1) / len(counts) if self.schedule == "ancestral" else remaining / size
+                steps.append(ScheduledStep(b, remaining, t, s))
+                t = s
+        return RowSchedule(block, turn, steps)
 
-    def counts(self, size: int, steps: int) -> tuple[list[int], Tensor]:
-        """How many of a block's `size` positions are revealed at each step, and the stratum (size,) of each."""
-        if self.order in STRATA:
-            step_of = STRATA[self.order](steps)
-            stratum = torch.tensor([step_of[j % steps] for j in range(size)])
-            return stratum.bincount(minlength=steps).tolist(), stratum
+    def _steps_of_blocks(self, sizes: list[int]) -> list[int]:
+        """How many steps each block of a row gets."""
+        if self.steps is None:
+            return [min(size, STRIDE) if self.order in TURNS else size for size in sizes]
+        if self.steps < len(sizes):
+            raise ArgumentError("steps", f"must be at least {len(sizes)}, one for each block, got {self.steps}")
+        return uniform_schedule(self.steps, len(sizes))
+
+    def _counts_and_turns(self, size: int, steps: int) -> tuple[list[int], Tensor]:
+        """How many of a block's `size` positions are revealed at each step, and the turn (size,) of each position."""
+        if self.order in TURNS:
+            turn_of = TURNS[self.order](steps)
+            turns = torch.tensor([turn_of[j % steps] for j in range(size)])
+            return turns.bincount(minlength=steps).tolist(), turns
         counts = SCHEDULES[self.schedule](size, steps) if isinstance(self.schedule, str) else list(self.schedule)
         if sum(counts) != size:
-            raise ValueError(f"the schedule reveals {sum(counts)} positions, but {size} are masked")
+            raise ArgumentError("schedule", f"reveals {sum(counts)} positions, but {size} are masked")
         return counts, torch.zeros(size, dtype=torch.long)
 
-    def choose(self, candidates: Candidates, due: list[int], tokens: Tensor | None = None) -> Tensor:
-        """(B, T) bool: at least due[b] candidates of row b, the first in order, and what the adaptive rule adds.
+    def choose(self, candidates: Candidates, counts: list[int], first_columns: list[int] | None = None) -> Tensor:
+        """(B, T) bool: at least counts[b] candidates of row b, best score first, and what the adaptive rule adds.
 
-        Left padding in `tokens` (B, T) is cut off first: torch.topk breaks ties by the length of the row, and a row's
-        text must not depend on its batch.
+        first_columns: where each row's text begins, right of its padding. Padding is cut off, because torch.topk breaks
+        ties by the length of the row, and a row's text must not depend on its batch.
         """
         scores = torch.full(candidates.where.shape, -torch.inf, dtype=torch.float64, device=candidates.where.device)
         scores[candidates.where] = ORDERS[self.order](candidates).to(scores)
-        starts = [0] * len(due) if tokens is None else left_padding(tokens).tolist()
-        chosen = torch.zeros_like(candidates.where)
         if self.rule is not None:
             confidence, entropies = torch.zeros_like(scores), torch.zeros_like(scores)
-            confidence[candidates.where], entropies[candidates.where] = candidates.confidence, entropy(candidates.p)
-        for row, (n, start) in enumerate(zip(due, starts, strict=True)):
+            drawn = self.order == "drawn_confidence"
+            confidence[candidates.where] = candidates.drawn_p if drawn else candidates.p.amax(-1)
+            entropies[candidates.where] = entropy(candidates.p)
+        chosen = torch.zeros_like(candidates.where)
+        for row, n in enumerate(counts):
+            first = first_columns[row] if first_columns is not None else 0
             if self.rule is not None:
                 M = int(candidates.where[row].sum())
-                ordered = start + scores[row, start:].topk(M).indices
+                ordered = first + scores[row, first:].topk(M).indices
                 good = RULES[self.rule](confidence[row, ordered], entropies[row, ordered], getattr(self, self.rule))
                 chosen[row, ordered[: max(n, int(good.long().cumprod(0).sum()))]] = True
             else:
-                chosen[row, start + scores[row, start:].topk(n).indices] = True
+                chosen[row, first + scores[row, first:].topk(n).indices] = True
         return chosen
 
     def __call__(self, logits: Tensor, masked: Tensor, step: int) -> Tensor:
-        """Teacher-forced, for the exact likelihood of windows that were all masked at first: (B, T) bool to reveal.
+        """The policy as `likelihood.policy_likelihood` calls it, for windows that were fully masked at first.
 
-        logits (B, T, V), masked (B, T). Confidence is that of the likeliest token. Raises ValueError for the random
-        order: what it reveals does not follow from what is visible.
+        logits (B, T, V), masked (B, T) -> (B, T) bool to reveal. Raises ValueError for an order without an exact
+        likelihood: what it reveals does not follow from what is visible.
         """
-        if self.order == "random":
-            raise ValueError("the random order is not a deterministic policy: it has no exact likelihood")
-        plan = self.plan(torch.ones_like(masked[0]))
-        dues = [plan.steps[plan.next(row)] for row in masked]
-        where = masked & (plan.block == torch.tensor([due.block for due in dues], device=masked.device)[:, None])
-        p = None if self.is_blind else logits[where].double().softmax(-1)
-        candidates = Candidates(where, plan.stratum.expand_as(masked), None, p, None if p is None else p.amax(-1))
-        return self.choose(candidates, [int(row.sum()) - due.target for row, due in zip(where, dues, strict=True)])
+        if not self.has_exact_likelihood:
+            raise ValueError(f"the {self.order} order is not a deterministic policy: it has no exact likelihood")
+        return self.teacher_forced(logits, masked, None)
+
+    def teacher_forced(self, logits: Tensor, masked: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+        """(B, T) positions to reveal, given logits (B, T, V) and masked (B, T), of windows fully masked at first."""
+        schedule = self.plan(torch.ones_like(masked[0]))
+        steps = [schedule.next_step(row) for row in masked]
+        where = masked & (schedule.block == torch.tensor([step.block for step in steps], device=masked.device)[:, None])
+        p = logits[where].double().softmax(-1) if self.needs_network else None
+        counts = [int(row.sum()) - step.remaining for row, step in zip(where, steps, strict=True)]
+        return self.choose(Candidates(where, schedule.turn.expand_as(masked), generators, p), counts)
 
 
-def left_padding(tokens: Tensor) -> Tensor:
-    """(B,) how many [PAD] each row of tokens (B, T) begins with."""
-    return (tokens == PAD_ID).long().cumprod(1).sum(1)
+def random_positions(
+    policy: UnmaskingPolicy, generator: torch.Generator
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The random order as a policy for `policy_likelihood(..., is_bound=True)`: it draws the positions as it goes.
+
+    The result is an upper bound in expectation over the drawn orders, not exact. Raises ValueError for another order,
+    and for the ancestral schedule, whose counts are random too.
+    """
+    if policy.order != "random" or policy.schedule == "ancestral":
+        raise ValueError("random_positions is for order random with fixed counts")
+
+    def draw_positions(logits: Tensor, masked: Tensor, step: int) -> Tensor:
+        return policy.teacher_forced(logits, masked, [generator] * len(masked))
+
+    return draw_positions

@@ -1,4 +1,4 @@
-"""What several tests share: a small text, and the real commands run as a user runs them."""
+"""Fixtures of several tests: a small text, and a function that runs the programs as a user does."""
 
 import os
 import subprocess
@@ -17,13 +17,13 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tiny tensors: a second thread only costs."""
+    """The tensors are tiny: a second thread makes them slower."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def corpus_file(tmp_path) -> Path:
-    """Eight thousand characters of text with some structure, as a file."""
+    """A file of eight thousand characters of text with some structure."""
     path = tmp_path / "corpus.txt"
     path.write_text("".join(f"{i}: the king is {['dead', 'alive'][i % 2]}.\n" for i in range(350)))
     return path
@@ -31,7 +31,7 @@ def corpus_file(tmp_path) -> Path:
 
 @pytest.fixture
 def command(tmp_path):
-    """command("train.py", "--steps", 3) runs it in a scratch folder without network; returns the finished process."""
+    """command("train.py", "--steps", 3) runs a program in a temporary folder without network; returns the process."""
 
     def call(program: str, *arguments, check: int | None = 0, stdin: str | None = None, env: dict | None = None):
         blocked = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}

@@ -5,16 +5,27 @@ import itertools
 import pytest
 import torch
 
-from autoregressive import SlidingContext, beam_search, causal_inputs, compute_gpt_loss, decode, exact_nll
-from model import GPT, GPTConfig
+from autoregressive import (
+    BeamConfig,
+    CausalObjective,
+    DecodingConfig,
+    SlidingContext,
+    beam_search,
+    causal_inputs,
+    compute_gpt_loss,
+    decode,
+    exact_nll,
+)
+from model import GPT, LLaDAModel, ModelConfig
 from tokenizer import END_ID, PAD_ID, START_ID
+from utils.errors import ArgumentError
 
 START = torch.tensor([START_ID])
 
 
-def lively_gpt(vocab_size=12, block_size=10, arch="rotary", seed=0, scale=0.35) -> GPT:
-    """A small GPT with random weights everywhere (a fresh one predicts the same whatever it reads)."""
-    model = GPT(GPTConfig(vocab_size, block_size, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101)).eval()
+def random_gpt(vocab_size=12, block_size=10, arch="rotary", seed=0, scale=0.35) -> GPT:
+    """A small GPT with random weights everywhere (a new one ignores its input: its last layer starts at zero)."""
+    model = GPT(ModelConfig(vocab_size, block_size, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -35,20 +46,36 @@ def texts(model, prompts, **kwargs) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------------------- likelihood
 def test_probabilities_of_all_texts_sum_to_one():
-    model = lively_gpt(vocab_size=6)  # [END] and two characters can be predicted
+    model = random_gpt(vocab_size=6)  # [END] and two characters can be predicted
     everything = torch.tensor(list(itertools.product((3, 4, 5), repeat=4)))  # (81, 4)
     nll = exact_nll(model, everything, START_ID)
     assert (-nll.sum(1)).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_exact_nll_is_the_training_loss_whatever_the_batch_size():
-    model, ticks = lively_gpt(), []
+    model = random_gpt()
     windows = torch.randint(4, 12, (7, 9), generator=torch.Generator().manual_seed(0))
-    nll = exact_nll(model, windows, START_ID, batch_size=3, tick=ticks.append)
+    nll = exact_nll(model, windows, START_ID, batch_size=3)
     torch.testing.assert_close(nll, exact_nll(model, windows, START_ID), rtol=1e-5, atol=1e-6)
     loss = compute_gpt_loss(model(causal_inputs(windows, START_ID)), windows)
     assert nll.mean().item() == pytest.approx(loss.item(), abs=1e-5)
-    assert ticks == [3, 3, 1]
+
+
+def test_the_objective_is_the_causal_loss_and_its_exact_likelihood():
+    model, objective = random_gpt(), CausalObjective()
+    windows = torch.randint(4, 12, (7, 9), generator=torch.Generator().manual_seed(0))
+    batch = objective.make_batch(windows, torch.Generator())
+    loss = objective.loss(objective.predict(model, batch), batch)
+    likelihood = objective.likelihood(model, [windows[:5], windows[5:, :4], windows[:0]], batch_size=2)
+    assert torch.equal(batch.targets, windows)
+    assert loss.item() == pytest.approx(exact_nll(model, windows, START_ID).mean().item(), abs=1e-5)
+    assert likelihood.lengths.tolist() == [9] * 5 + [4] * 2
+    short = exact_nll(model, windows[5:, :4], START_ID).sum(1).double()
+    torch.testing.assert_close(likelihood.window_nats[5:], short, rtol=1e-5, atol=1e-5)
+    assert not likelihood.is_bound
+    assert not objective.is_bound
+    with pytest.raises(ValueError, match="no text"):
+        objective.likelihood(model, [windows[:0]])
 
 
 # ------------------------------------------------------------------------------------------------- sliding context
@@ -56,7 +83,7 @@ def test_exact_nll_is_the_training_loss_whatever_the_batch_size():
 @pytest.mark.parametrize("context_len", [1, 4, 10])
 @pytest.mark.parametrize("length", [1, 6, 15])
 def test_each_token_sees_exactly_the_last_context_len_tokens(arch, context_len, length):
-    model = lively_gpt(arch=arch)
+    model = random_gpt(arch=arch)
     generated = prompt(length)[None]
     with torch.no_grad():
         for _ in range(14):
@@ -74,7 +101,7 @@ def without_end(model):
 
 @pytest.mark.parametrize("slide", [1, 3, 10])
 def test_cached_and_recomputed_logits_agree(slide):
-    model, ids = lively_gpt(), prompt(30)
+    model, ids = random_gpt(), prompt(30)
     with torch.no_grad():
         cached, recomputed = (SlidingContext(model, [ids[:2]], 28, slide=slide, use_cache=c) for c in (True, False))
         for token in ids[2:, None]:
@@ -83,7 +110,7 @@ def test_cached_and_recomputed_logits_agree(slide):
 
 
 def test_the_window_slides_in_steps():
-    model, read = lively_gpt(), []
+    model, read = random_gpt(), []
     model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     list(decode(without_end(model), [prompt(8)], max_out_tokens=10, slide=4))
     assert read == [8, 1, 1, 7, 1, 1, 1, 7, 1, 1]  # 8, 9, 10 tokens fit; with 11 the first 4 go
@@ -92,30 +119,31 @@ def test_the_window_slides_in_steps():
 @pytest.mark.parametrize("arch", ["rotary", "vanilla"])
 @pytest.mark.parametrize("slide", [1, 4])
 def test_each_row_of_a_batch_equals_its_own_run_alone(arch, slide):
-    model = lively_gpt(arch=arch)
+    model = random_gpt(arch=arch)
     prompts = [prompt(length, seed=length) for length in (3, 14, 1, 9)]
 
-    def write(prompts):
+    def sample(prompts):
         generator = torch.Generator().manual_seed(5)
-        return texts(model, prompts, max_out_tokens=16, slide=slide, top_p=0.9, generator=generator)
+        config = DecodingConfig(top_p=0.9, slide=slide)
+        return texts(model, prompts, config=config, max_out_tokens=16, generator=generator)
 
-    together = write(prompts)
-    assert together == [write([alone])[0] for alone in prompts]
+    together = sample(prompts)
+    assert together == [sample([alone])[0] for alone in prompts]
     assert len({len(row) for row in together}) > 1  # some met [END] earlier than others
 
 
 def test_samples_of_one_prompt_differ_and_repeat_with_the_seed():
-    def write(seed):
+    def sample(seed):
         generator = torch.Generator().manual_seed(seed)
-        return texts(lively_gpt(), [prompt(3)] * 3, max_out_tokens=12, generator=generator)
+        return texts(random_gpt(), [prompt(3)] * 3, max_out_tokens=12, generator=generator)
 
-    assert write(1) == write(1) != write(2)
-    assert len(set(map(tuple, write(1)))) == 3
+    assert sample(1) == sample(1) != sample(2)
+    assert len(set(map(tuple, sample(1)))) == 3
 
 
 def test_rows_stop_at_end_and_where_they_are_told_to():
-    model = lively_gpt()
-    endless = texts(without_end(lively_gpt()), [prompt(3), prompt(5)], max_out_tokens=12)
+    model = random_gpt()
+    endless = texts(without_end(random_gpt()), [prompt(3), prompt(5)], max_out_tokens=12)
     stopped = texts(without_end(model), [prompt(3), prompt(5)], max_out_tokens=12, stop=lambda ids: len(ids) == 4)
     assert stopped == [row[:4] for row in endless]
     with torch.no_grad():
@@ -157,7 +185,7 @@ def transformers_generate(model, ids, **kwargs):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_repetition_penalty_is_that_of_transformers(seed):
-    model, ids = without_end(lively_gpt(block_size=20, seed=seed, scale=0.2)), prompt(6)
+    model, ids = without_end(random_gpt(block_size=20, seed=seed, scale=0.2)), prompt(6)
     [theirs], _ = transformers_generate(model, ids, max_new_tokens=14, repetition_penalty=20.0)
     settings = {"max_out_tokens": 14, "temperature": 0}
     [ours] = texts(model, [ids], repetition_penalty=20.0, **settings)
@@ -170,7 +198,7 @@ def test_the_repetition_penalty_is_that_of_transformers(seed):
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
 def test_beams_are_those_of_transformers(early_stopping, length_penalty, repetition_penalty):
     for seed, num_beams, max_new_tokens in ((0, 2, 12), (1, 5, 12), (2, 4, 1)):
-        model, ids = lively_gpt(block_size=20, seed=seed), prompt(6, seed)
+        model, ids = random_gpt(block_size=20, seed=seed), prompt(6, seed)
         settings = {
             "num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": early_stopping,
             "repetition_penalty": repetition_penalty,
@@ -178,14 +206,15 @@ def test_beams_are_those_of_transformers(early_stopping, length_penalty, repetit
         rows, scores = transformers_generate(
             model, ids, max_new_tokens=max_new_tokens, num_return_sequences=num_beams, **settings
         )
-        ours = beam_search(model, ids, max_out_tokens=max_new_tokens, num_return=num_beams, **settings)
+        config = BeamConfig(num_return=num_beams, **settings)
+        ours = beam_search(model, ids, config, max_out_tokens=max_new_tokens)
         assert [row.tolist() for row, _ in ours] == rows
         assert [score for _, score in ours] == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("length", [3, 25])
 def test_one_beam_is_greedy(length):
-    model = lively_gpt()
+    model = random_gpt()
     [(ids, score)] = beam_search(model, prompt(length), num_beams=1, max_out_tokens=12)
     greedy = texts(model, [prompt(length)], max_out_tokens=12, temperature=0)
     assert [ids[length:].tolist()] == greedy
@@ -195,7 +224,7 @@ def test_one_beam_is_greedy(length):
 
 
 def test_as_many_beams_as_texts_find_the_best_ones():
-    model, length = lively_gpt(vocab_size=6, seed=3), 4
+    model, length = random_gpt(vocab_size=6, seed=3), 4
     scores = {}
     for text in itertools.product((END_ID, 4, 5), repeat=length):
         text = text[: text.index(END_ID) + 1] if END_ID in text else text
@@ -208,7 +237,7 @@ def test_as_many_beams_as_texts_find_the_best_ones():
 
 @pytest.mark.parametrize("slide", [1, 4])
 def test_beams_slide_over_a_long_prompt(slide):
-    model, ids = without_end(lively_gpt()), prompt(17)
+    model, ids = without_end(random_gpt()), prompt(17)
     for found, score in beam_search(model, ids, num_beams=3, max_out_tokens=8, num_return=3, slide=slide):
         context, log_prob = SlidingContext(model, [ids], 8, slide=slide, use_cache=False), 0.0
         with torch.no_grad():
@@ -225,18 +254,19 @@ def test_beams_slide_over_a_long_prompt(slide):
         ({"context_len": 0}, "context_len must be in 1..10"),
         ({"context_len": 11}, "context_len must be in 1..10"),
         ({"slide": 0}, "slide must be in 1..10"),
+        ({"slide": 11}, "slide must be in 1..10"),
         ({"context_len": 3, "slide": 4}, "slide must be in 1..3"),
         ({"max_out_tokens": -1}, "max_out_tokens must be at least 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be greater than 0"),
         ({"prompts": [START, START[:0]]}, "begin a text with \\[START\\]"),
-        ({"prompts": []}, "a prompt of ids holds at least one"),
+        ({"prompts": []}, "a prompt needs at least one id"),
         ({"prompts": [torch.tensor([12])]}, "in 0..11"),
     ],
 )
-def test_bad_values_are_named(settings, message):
+def test_bad_values_are_named_before_the_first_token(settings, message):
     settings = {"prompts": [START], "max_out_tokens": 3, **settings}
     with pytest.raises(ValueError, match=message):
-        list(decode(lively_gpt(), **settings))
+        decode(random_gpt(), **settings)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +275,16 @@ def test_bad_values_are_named(settings, message):
         ({"num_beams": 0}, "num_beams must be at least 1"),
         ({"num_return": 3}, "num_return must be in 1..2"),
         ({"early_stopping": "maybe"}, "early_stopping must be"),
+        ({"length_penalty": 1000}, "length_penalty must be at most 10"),
+        ({"max_out_tokens": -1}, "max_out_tokens must be at least 0"),
     ],
 )
 def test_bad_beam_values_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        beam_search(lively_gpt(), START, **{"num_beams": 2, "max_out_tokens": 3, **settings})
+    with pytest.raises(ArgumentError, match=message):
+        beam_search(random_gpt(), START, **{"num_beams": 2, "max_out_tokens": 3, **settings})
+
+
+def test_a_mask_predictor_is_refused():
+    model = LLaDAModel(ModelConfig(12, 10, n_embd=16, n_head=2, n_layer=1, ngram_rows=101))
+    with pytest.raises(ValueError, match="needs a causal model"):
+        decode(model, [START], max_out_tokens=3)

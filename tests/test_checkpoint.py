@@ -1,4 +1,4 @@
-"""Round trips, files that are not checkpoints, and writing that never leaves half a file."""
+"""Round trips, files that are not checkpoints, atomic writing, devices that are missing."""
 
 import os
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from checkpoint import Checkpoint, find_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
-from model import CONFIGS, MODELS
+from model import MODELS, ModelConfig
 from tokenizer import SimpleTokenizer
 
 
 def small(name: str = "gpt", arch: str = "rotary") -> Checkpoint:
     tokenizer = SimpleTokenizer("abc")
-    config = CONFIGS[name](tokenizer.vocab_size, 8, n_embd=8, n_head=2, n_layer=1, arch=arch, ngram_rows=101)
+    config = ModelConfig(tokenizer.vocab_size, 8, n_embd=8, n_head=2, n_layer=1, arch=arch, ngram_rows=101)
     model = MODELS[name](config)
     corpus = {"name": "x", "sha256": "0", "val_fraction": 0.1}
     return Checkpoint(model, tokenizer, corpus, 3, [{"step": 3, "val_loss": 1.5}], {"generator": torch.arange(3)})
@@ -40,13 +40,21 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
     (tmp_path / "half.pt").write_bytes(good.read_bytes()[:-2000])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"model": {}}, tmp_path / "other.pt")
-    torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")  # would run code if it were unpickled
+    torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")  # unpickling it would run code
     state = torch.load(good)
     torch.save(state | {"model": {k: v for k, v in state["model"].items() if "qkv" not in k}}, tmp_path / "older.pt")
     torch.save(state | {"config": state["config"] | {"n_expert": 8}}, tmp_path / "newer.pt")
     for name in ("half.pt", "text.pt", "other.pt", "pickle.pt", "older.pt", "newer.pt", "missing.pt", ""):
         with pytest.raises(ValueError, match=name or "no such checkpoint"):
             load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_device_is_named(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", small())
+    for device in ("cuda", torch.device("cuda", 0), "quantum"):
+        with pytest.raises(ValueError, match=f"device {device}: not available on this machine; use one of: .*cpu"):
+            load_checkpoint(tmp_path / "last.pt", device)
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

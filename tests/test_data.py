@@ -23,7 +23,7 @@ SHA256 = hashlib.sha256(GOOD).hexdigest()
 
 @pytest.fixture
 def server():
-    """serve(answer, answer, ...) -> url; each is (status, body, claimed length), the last one repeats."""
+    """serve(answer, answer, ...) -> (server, url); each is (status, body, Content-Length), the last one repeats."""
     started = []
 
     def serve(*answers):
@@ -65,7 +65,7 @@ cut_off, altered = (200, GOOD[:1000], len(GOOD)), (200, GOOD[:-1] + b"!", len(GO
 
 
 @pytest.mark.parametrize("first", [missing, broken, cut_off, altered])
-def test_download_tries_again_and_checks(server, tmp_path, first):
+def test_download_retries_and_checks_the_content(server, tmp_path, first):
     http, url = server(first, whole)
     path = download_tinyshakespeare(tmp_path / "a" / "input.txt", url, SHA256)
     assert path.read_bytes() == GOOD
@@ -74,7 +74,7 @@ def test_download_tries_again_and_checks(server, tmp_path, first):
 
 
 @pytest.mark.parametrize(("answer", "reason"), [(missing, "404"), (cut_off, "IncompleteRead"), (altered, "SHA-256")])
-def test_failed_download_says_why_and_leaves_what_was_there(server, tmp_path, answer, reason):
+def test_failed_download_gives_the_reason_and_leaves_the_old_file(server, tmp_path, answer, reason):
     http, url = server(answer)
     (tmp_path / "input.txt").write_text("old")
     with pytest.raises(OSError, match=reason):
@@ -83,7 +83,7 @@ def test_failed_download_says_why_and_leaves_what_was_there(server, tmp_path, an
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("input.txt", "old")]
 
 
-def test_default_falls_back_to_pydoc_loudly_but_a_named_corpus_never(server, tmp_path, monkeypatch, capsys):
+def test_only_the_default_corpus_falls_back_to_pydoc_and_warns(server, tmp_path, monkeypatch, capsys):
     _, url = server(missing)
     monkeypatch.setattr(data, "CACHE", tmp_path)
     monkeypatch.setattr(data.download_tinyshakespeare, "__defaults__", (url, SHA256, 3, 10.0))
@@ -92,7 +92,7 @@ def test_default_falls_back_to_pydoc_loudly_but_a_named_corpus_never(server, tmp
     assert "WARNING" in capsys.readouterr().err
     with pytest.raises(OSError, match="could not download"):
         load_corpus("tinyshakespeare")
-    with pytest.raises(ValueError, match=r"--data nowhere\.txt: no such file"):
+    with pytest.raises(ValueError, match=r"data nowhere\.txt: no such file"):
         load_corpus("nowhere.txt")
 
 
@@ -110,11 +110,12 @@ def test_tinyshakespeare_is_downloaded_once(server, tmp_path, monkeypatch):
     assert http.hits == 2
 
 
-def test_without_network_train_says_so_in_the_checkpoint(command, tmp_path):
-    clone = tmp_path / "clone"  # its own folder of corpora, empty
+def test_training_without_network_warns_and_the_checkpoint_names_the_corpus(command, tmp_path):
+    clone = tmp_path / "clone"  # with an empty folder of corpora
     clone.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, clone)
+    shutil.copytree(ROOT / "utils", clone / "utils")
     process = command(clone / "train.py", *TINY, "--steps", 2)
     assert "WARNING" in process.stderr
     assert "pydoc" in process.stderr
@@ -147,8 +148,8 @@ def test_large_texts_are_mapped_and_hold_the_same_ids(tmp_path, monkeypatch):
     assert json.loads(path.with_name("large.txt.ids.json").read_text())["sha256"] == changed.sha256
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of resident memory")
-def test_a_mapped_text_does_not_pile_up_in_memory(tmp_path, monkeypatch):
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_reading_a_mapped_text_does_not_fill_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
     path = tmp_path / "large.txt"
     path.write_text("the king is dead, long live the king\n" * 2_000_000)  # 74 MB
@@ -167,7 +168,7 @@ def test_a_mapped_text_does_not_pile_up_in_memory(tmp_path, monkeypatch):
                 corpus.forget_pages()
         grown[forget] = resident_megabytes() - before
     assert grown[True] < 5
-    assert grown[False] > 40, "else this test shows nothing"
+    assert grown[False] > 40, "without forget_pages memory must grow, or this test proves nothing"
     corpus.forget_pages()
     assert corpus.tokenizer.decode(read[0]) in "the king is dead, long live the king\n" * 9
 
@@ -175,7 +176,7 @@ def test_a_mapped_text_does_not_pile_up_in_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"abc\xff", "not UTF-8 .*byte 3"), (b"ab\xc3", "ends inside"), (b"", "empty")]
 )
-def test_files_that_are_no_text_are_refused(tmp_path, content, message):
+def test_files_that_are_not_text_are_refused(tmp_path, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_corpus(str(tmp_path / "bad.txt"))
@@ -191,13 +192,13 @@ def test_split_is_by_position_without_leakage(val_fraction):
     assert not set(windows.gather(torch.arange(len(windows))).unique().tolist()) & set(val.tolist())
 
 
-def test_tinyshakespeares_split_is_nanogpts():
+def test_split_of_tinyshakespeare_equals_nanogpts():
     ids = torch.zeros(1_115_394, dtype=torch.uint8)
     parts = data.Corpus("tinyshakespeare", "", SimpleTokenizer("a"), ids).split(0.1)
     assert [len(part) for part in parts] == [1_003_854, 111_540]
 
 
-def test_dataset_windows_are_those_of_slicing():
+def test_dataset_windows_equal_slices():
     tokenizer = SimpleTokenizer("abcdefghij")
     text = "abcdefghij" * 3
     dataset = ShakespeareDataset(text, tokenizer, seq_length=7, stride=4)

@@ -1,27 +1,36 @@
-"""The evaluate command on tiny checkpoints, end to end; what it refuses; findings that follow the figures."""
+"""The evaluate command on tiny checkpoints, end to end; bad input; comparisons of likelihoods, schedules, policies."""
 
 import json
 import math
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from toy import MASK, TablePredictor, all_strings
 
-import console
 import evaluate
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from data import load_corpus
-from evaluate import QUICK, Evaluation, choose
-from examine import compare_estimators, compare_schedules, difference
-from findings import ahead, next_steps, overfitting, saturation
-from likelihood import Likelihood, likelihood_bound
-from model import CONFIGS, MODELS
-from plots import PICTURES
+from evaluation.counter import EvaluationCounter
+from evaluation.likelihoods import compare_estimators, mean_and_interval, paired_difference, student_t
+from evaluation.plots import PICTURES
+from evaluation.policies import compare_policies, compare_schedules
+from evaluation.report import report_text
+from evaluation.settings import FULL, QUICK, EvaluationSettings
+from evaluation.suite import Evaluation, select_checkpoints
+from generation.infilling import mask_predictor
+from likelihood import Likelihood, likelihood_bound, policy_likelihood
+from model import MODELS, ModelConfig
 from tokenizer import MASK_ID, START_ID
+from trainer import TrainConfig
+from unmasking import UnmaskingPolicy
+from utils import console
+from utils.errors import ArgumentError
 
 ROOT = Path(__file__).parent.parent
 T = 16
@@ -29,20 +38,20 @@ LINES = ["to be, or not to be: that is the question.", "whether 'tis nobler to s
 
 
 def command(folder: Path, *arguments) -> subprocess.CompletedProcess:
-    """The real thing, in a process of its own."""
+    """The real command, in a process of its own."""
     words = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture
 def refusal(monkeypatch, capsys):
-    """What the program says when it refuses: its one line of standard error, after exit code 2."""
+    """The program's one line of standard error when it ends with exit code 2."""
 
     def refuse(folder: Path, *arguments) -> str:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
         with pytest.raises(SystemExit) as stop:
-            console.run(evaluate.main)
+            console.run_program(evaluate.main)
         out, err = capsys.readouterr()
         assert stop.value.code == 2
         assert not out
@@ -61,16 +70,18 @@ def runs(tmp_path_factory) -> Path:
     corpus = load_corpus(str(folder / "text.txt"))
     for seed, name in enumerate(MODELS):
         torch.manual_seed(seed)
-        config = CONFIGS[name](corpus.tokenizer.vocab_size, T, n_embd=16, n_head=2, n_layer=1, ngram_rows=101)
+        config = ModelConfig(corpus.tokenizer.vocab_size, T, n_embd=16, n_head=2, n_layer=1, ngram_rows=101)
         history = [
             {"step": s, "tokens": 100 * s, "seconds": 1.0 * s, "train_loss": 4 / s, "val_loss": 4 / s + 0.1, "lr": 0.1}
             for s in range(1, 8)
         ]
+        history[-1] |= {"temperature": 1.25, "calibrated_val_loss": 0.5}
+        training = {"config": TrainConfig(model=name, steps=7, lr=0.0123).to_dict()}
         known = {"name": corpus.name, "sha256": corpus.sha256, "val_fraction": 0.2}
         model = MODELS[name](config)
         for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.3)  # fresh from the shop they would all be uniform predictors
-        checkpoint = Checkpoint(model, corpus.tokenizer, known, 7, history)
+            torch.nn.init.normal_(p, std=0.3)  # new models are uniform predictors
+        checkpoint = Checkpoint(model, corpus.tokenizer, known, 7, history, training)
         save_checkpoint(folder / "out" / name / "best.pt", checkpoint)
     return folder
 
@@ -99,7 +110,7 @@ def test_both_models_are_scored_on_every_character_of_the_validation_part(runs, 
     assert entry["bits_per_char"] == pytest.approx(exact / math.log(2), rel=1e-6)
     assert entry["perplexity"] == pytest.approx(math.exp(exact), rel=1e-6)
     assert not entry["is_bound"]
-    bound = likelihood_bound(llada, parts, MASK_ID, QUICK.pairs, generator=torch.Generator().manual_seed(0))
+    bound = likelihood_bound(llada, parts, MASK_ID, pairs=QUICK.pairs, generator=torch.Generator().manual_seed(0))
     assert metrics["models"]["llada"]["nats_per_char"] == pytest.approx(bound.nats_per_char, rel=1e-6)
     assert metrics["models"]["llada"]["is_bound"]
     for m in metrics["models"].values():
@@ -108,7 +119,7 @@ def test_both_models_are_scored_on_every_character_of_the_validation_part(runs, 
         assert m["params"] == gpt.num_parameters() == llada.num_parameters()
 
 
-def test_metrics_hang_together(metrics):
+def test_metrics_are_consistent(metrics):
     """The curve, the schedules, the positions and the characters are all views of the same bound."""
     curve, schedules = metrics["masking_curve"], metrics["schedules"]
     bound = sum(curve) / T
@@ -125,15 +136,23 @@ def test_metrics_hang_together(metrics):
         assert total == pytest.approx(model["nats_per_char"] * model["chars"], rel=share)
     assert {row["order"] for row in metrics["policies"]} >= {"confidence", "sweep"}
     assert all(1 <= row["nfe"] <= T for row in metrics["policies"])
-    assert metrics["samples"]
+    assert all(row["is_bound"] == (row["order"] == "random") for row in metrics["policies"])
+    assert metrics["policies"][0]["difference"] == 0
+    assert metrics["policies"][-1]["nats_per_char"] == pytest.approx(bound, rel=0.02)  # without the short last window
+    assert {row["sampler"] for row in metrics["samples"]} >= {"default sampler (sweep)"}
     assert all(len(row["prompt"] + row["text"]) <= T for row in metrics["samples"])
+    for row in metrics["sample_metrics"][1:]:
+        assert row["nfe"] == (T if row["source"] == "gpt" else row["steps"])
     assert {entry["span"] for entry in metrics["infilling"]["llada"]} == {1, 4}  # 16 is the whole window
 
 
-def test_the_report_tells_the_figures_and_shows_the_pictures(runs, metrics):
+def test_the_report_has_the_figures_the_training_and_the_pictures(runs, metrics):
     report = (runs / "out/report/report.md").read_text()
     for name, m in metrics["models"].items():
         assert f"{m['nats_per_char']:.4f}" in report, name
+        assert f"`out/{name}/best.pt`" in report
+    for words in ("| 1.250 |", "| `lr` | 0.0123 | 0.0123 |", "| steps done | 7 | 7 |", "default sampler (sweep), NFE"):
+        assert words in report
     for name in PICTURES:
         assert f"({name})" in report
         assert (runs / "out/report" / name).read_bytes().startswith(b"\x89PNG")
@@ -143,11 +162,12 @@ def test_the_report_tells_the_figures_and_shows_the_pictures(runs, metrics):
 def test_one_model_alone_and_few_windows(runs):
     """Either model by itself; a text so short that one full window is all there is."""
     for name in MODELS:
-        checkpoints = choose([runs / "out" / name / "best.pt"], "cpu")
+        checkpoints = select_checkpoints([runs / "out" / name / "best.pt"], "cpu")
         corpus = load_corpus(str(runs / "text.txt"))
         corpus.ids = corpus.ids[: 8 * T]
         metrics = Evaluation(checkpoints, corpus, QUICK, seed=0).run()
         assert json.dumps(metrics, allow_nan=False)
+        assert report_text(metrics)
         assert list(metrics["models"]) == [name]
         assert "difference" not in metrics
 
@@ -159,9 +179,12 @@ def test_one_model_alone_and_few_windows(runs):
         (["--data", "other.txt"], "not the text"),
         (["out/none.pt"], "out/none.pt"),
         (["out/gpt/best.pt", "--compare-estimators"], "LLaDA"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--out", "text.txt"], "--out text.txt: cannot write there"),
+        (["--out", "text.txt/report"], "cannot write there"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_in_one_line(runs, refusal, arguments, words):
+def test_bad_input_is_an_error_of_one_line(runs, refusal, arguments, words):
     (runs / "other.txt").write_text("another text entirely")
     assert words in refusal(runs, *arguments)
 
@@ -188,34 +211,50 @@ def test_checkpoints_of_two_texts_are_not_compared(runs, tmp_path):
     checkpoint.corpus = checkpoint.corpus | {"sha256": "0" * 64}
     save_checkpoint(tmp_path / "gpt.pt", checkpoint)
     with pytest.raises(ValueError, match="different texts"):
-        choose([runs / "out/llada/best.pt", tmp_path / "gpt.pt"], "cpu")
+        select_checkpoints([runs / "out/llada/best.pt", tmp_path / "gpt.pt"], "cpu")
 
 
-def test_estimators_are_compared(runs, capsys):
+def test_estimators_are_compared(runs):
     llada = load_checkpoint(runs / "out/llada/best.pt").model
     val = load_corpus(str(runs / "text.txt")).split(0.2)[1].long()
-    compare_estimators(llada, val[: 40 * T].view(40, T), seed=0)
-    lines = capsys.readouterr().out.splitlines()
-    (plain, plain_variance), (paired, variance) = (map(float, line.split("mean")[1].split()) for line in lines[1:3])
-    assert abs(plain - paired) <= 5 * (plain_variance / 2 / 30) ** 0.5  # 30 repeats of two evaluations a window
-    assert float(lines[3].split()[-1]) == pytest.approx(plain_variance / variance, rel=0.05)
-    assert variance < plain_variance / 3
+    result = compare_estimators(llada, val[: 40 * T].view(40, T), seed=0)
+    plain, paired = result["plain"], result["paired"]
+    tolerance = 5 * (plain["variance"] / 2 / 30) ** 0.5  # 30 repeats of two evaluations a window
+    assert abs(plain["nats_per_char"] - paired["nats_per_char"]) <= tolerance
+    assert paired["variance"] < plain["variance"] / 3
 
 
-# ------------------------------------------------------------------------------------------------- figures to words
+def test_estimators_are_printed(runs):
+    lines = command(runs, "--compare-estimators").stdout.splitlines()
+    plain, paired = (float(line.split()[-1]) for line in lines[1:3])
+    assert float(lines[3].split()[-1]) == pytest.approx(plain / paired, rel=0.05)
+
+
+def test_help_is_fast(tmp_path):
+    """It must not import torch. The best of three runs, since other processes may be running."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert "--quick" in command(tmp_path, "--help").stdout
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.4
+
+
+# ------------------------------------------------------------------------------------------------- likelihoods
 def test_paired_difference_by_hand():
-    a, b = (Likelihood.exact([torch.tensor(rows)]) for rows in ([[2.0, 2.0], [3.0, 3.0]], [[1.0, 1.0], [1.0, 1.0]]))
-    result = difference(a, b)
+    a = Likelihood.from_token_nats([torch.tensor([[2.0, 2.0], [3.0, 3.0]])])
+    b = Likelihood.from_token_nats([torch.tensor([[1.0, 1.0], [1.0, 1.0]])])
+    result = paired_difference(a, b)
     assert result["nats_per_char"] == pytest.approx(1.5)
     assert result["ci95"] == pytest.approx([1.5 - 1.96 * 0.5, 1.5 + 1.96 * 0.5])
 
 
-def test_optimal_schedules_are_priced_on_windows_that_did_not_choose_them():
+def test_optimal_schedules_are_scored_on_windows_that_did_not_choose_them():
     """Where c(m) is noise around a constant no schedule is better than another: the chosen ones gain nothing, and the
-    interval of T steps is that of the bound itself. With a single window nothing can be priced apart."""
+    interval of T steps is that of the bound itself. A single window cannot be split into two halves."""
     generator = torch.Generator().manual_seed(0)
     predict, windows = TablePredictor(), all_strings()[torch.randint(81, (300,), generator=generator)]
-    bound = likelihood_bound(predict, [windows], MASK, 2, generator=generator)
+    bound = likelihood_bound(predict, [windows], MASK, pairs=2, generator=generator)
     rows = compare_schedules(bound)
     assert [row["counts"] for row in rows["optimal"]][-1] == [1, 1, 1, 1]
     for row in (rows["uniform"][-1], rows["optimal"][-1]):
@@ -226,55 +265,67 @@ def test_optimal_schedules_are_priced_on_windows_that_did_not_choose_them():
     bound.draws = counts, 1 + noise, torch.ones_like(hidden)
     for row in compare_schedules(bound)["optimal"]:
         assert row["nats_per_char"] - bound.curve.mean() * 5 / 4 >= -0.1
-    alone = likelihood_bound(predict, [windows[:1]], MASK, 2, generator=generator)
+    alone = likelihood_bound(predict, [windows[:1]], MASK, pairs=2, generator=generator)
     rows = compare_schedules(alone)
     assert "optimal" not in rows
     assert rows["uniform"][0]["ci95"] is None
 
 
-def entry(nats: float, half: float, is_bound: bool) -> dict:
-    return {"nats_per_char": nats, "ci95": [nats - half, nats + half], "is_bound": is_bound}
+def test_means_and_intervals():
+    """Student's t against its published quantiles; the mean is shifted, the interval with it."""
+    for freedom, exact in ((3, 3.182), (7, 2.365), (15, 2.131), (63, 1.998)):
+        assert student_t(freedom) == pytest.approx(exact, rel=0.012)
+    mean, ci95 = mean_and_interval(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]), offset=10.0)
+    half = 2.365 * 6**0.5 / 8**0.5  # the variance of 1..8 is 6
+    assert mean == 14.5
+    assert ci95 == pytest.approx([14.5 - half, 14.5 + half], rel=1e-3)
+    assert mean_and_interval(torch.tensor([1.0])) == (1.0, None)
 
 
-@pytest.mark.parametrize(
-    ("gap", "ci95", "words"),
-    [
-        (0.3, [0.25, 0.35], "GPT is ahead by 0.300 nats/char (0.250 to 0.350, paired)"),
-        (-0.3, [-0.35, -0.25], "LLaDA is ahead by 0.300 nats/char (0.250 to 0.350, paired)"),
-        (0.01, [-0.01, 0.03], "Neither model is ahead"),
-    ],
-)
-def test_who_is_ahead_follows_from_the_difference(gap, ci95, words):
-    metrics = {
-        "models": {"llada": entry(1.6 + gap, 0.2, True), "gpt": entry(1.6, 0.2, False)},
-        "difference": {"nats_per_char": gap, "ci95": ci95},
-    }
-    sentence = ahead(metrics)
-    assert sentence.startswith(words)
-    if gap > 0.1:
-        assert "own intervals overlap" in sentence
-        assert "upper bound" in sentence
+def test_policies_are_compared_over_the_same_windows(runs):
+    """Each row by hand from `policy_likelihood`: figures relative to the bound, differences to the first policy."""
+    llada = load_checkpoint(runs / "out/llada/best.pt").model
+    val = load_corpus(str(runs / "text.txt")).split(0.2)[1].long()
+    windows = val[: 20 * T].view(20, T)
+    bound = likelihood_bound(llada, [windows], MASK_ID, pairs=4, generator=torch.Generator().manual_seed(0))
+    policies = [UnmaskingPolicy(4, "sweep"), UnmaskingPolicy(4, "confidence"), UnmaskingPolicy(4, "random")]
+    rows = compare_policies(llada, windows, 5, policies, bound, seed=0)
+    chosen = windows[[0, 4, 9, 14, 19]]
+    sweep, confidence = (
+        policy_likelihood(mask_predictor(llada), chosen, policy, MASK_ID)[0].window_nats / T for policy in policies[:2]
+    )
+    known = bound.window_nats[[0, 4, 9, 14, 19]] / T
+    assert rows[0]["nats_per_char"] == pytest.approx(float((sweep - known).mean()) + bound.nats_per_char)
+    assert rows[1]["difference"] == pytest.approx(float((confidence - sweep).mean()))
+    assert rows[1]["difference_ci95"] == pytest.approx(mean_and_interval(confidence - sweep)[1])
+    assert rows[1]["difference"] == pytest.approx(rows[1]["nats_per_char"] - rows[0]["nats_per_char"])
+    assert [row["is_bound"] for row in rows] == [False, False, True, True]
+    assert rows[-1]["order"] == "random"
+    assert rows[-1]["nfe"] == T
+    assert rows[-1]["nats_per_char"] == pytest.approx(bound.nats_per_char)
+    assert rows[-1]["difference"] == pytest.approx(float((known - sweep).mean()))
 
 
-def test_advice_follows_from_the_curves_and_nothing_is_said_without_figures():
-    def history(*losses):
-        return [{"val_loss": loss} for loss in losses]
-
-    metrics = {
-        "models": {"llada": entry(2.0, 0.01, True), "gpt": entry(1.6, 0.01, False)},
-        "training_text": {"llada": entry(1.99, 0.01, True), "gpt": entry(1.3, 0.01, False)},
-        "history": {"llada": history(4, 3, 2.5, 2.3, 2.1, 2.0), "gpt": history(3, 2, 1.5, 1.5, 1.55, 1.6)},
-    }
-    advice = next_steps(metrics).splitlines()
-    assert advice[0] == "- Train LLaDA longer: its loss still fell by 0.300 over the run's last third."
-    assert advice[1].startswith("- Regularise GPT")
-    assert "0.300 better on the training text" in advice[1]
-    assert "1.300" in overfitting(metrics)
-    assert next_steps({"models": metrics["models"], "history": {}}) == ""
-    assert saturation({}) == ahead({}) == overfitting({}) == ""
+# ------------------------------------------------------------------------------------------------- settings, counter
+def test_settings_are_validated_and_every_scored_policy_has_a_stated_kind():
+    with pytest.raises(ArgumentError, match="pairs"):
+        replace(FULL, pairs=0)
+    with pytest.raises(ArgumentError, match="policy_steps"):
+        EvaluationSettings(policy_steps=(8, 0))
+    for settings in (FULL, QUICK):
+        for length in (1, 8, 16, 256):
+            policies = settings.policies(length)
+            assert policies[0] == UnmaskingPolicy(steps=min(16, length), order="sweep")
+            assert len(set(policies)) == len(policies)
+            assert all(policy.has_exact_likelihood or policy.order == "random" for policy in policies)
+            assert all(1 <= kind["steps"] <= length for kind in settings.sample_kinds(length))
 
 
-def test_saturation_is_the_cheapest_policy_close_to_the_best():
-    rows = [(128, 1.50), (32, 1.515), (16, 1.6)]
-    policies = [{"order": "strided", "threshold": None, "nfe": n, "nats_per_char": x, "ci95": None} for n, x in rows]
-    assert saturation({"policies": policies, "window": 128}).startswith("Quality saturates at about 32 of 128")
+def test_evaluations_are_counted():
+    model, seen = torch.nn.Linear(3, 2), []
+    with EvaluationCounter(model, update=seen.append) as counter:
+        model(torch.zeros(4, 3))
+        model(torch.zeros(1, 3))
+    model(torch.zeros(7, 3))
+    assert (counter.nfe, counter.positions) == (2, 15)
+    assert seen == [12, 15]

@@ -1,4 +1,4 @@
-"""generate.py, writer.py, chat.py: the real commands on tiny checkpoints, and what they promise."""
+"""generate.py and generation/: the real commands on tiny checkpoints, and the library."""
 
 import os
 import pty
@@ -16,25 +16,28 @@ from conftest import ROOT
 import generate
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, save_checkpoint
-from console import run
-from generate import GeneratorTransformer, generate_text, generate_texts
-from model import CONFIGS, MODELS
+from generation import GeneratorTransformer, generate_text, generate_texts, infill, stream_texts
+from model import MODELS, ModelConfig
+from sampler import REMASKERS
 from tokenizer import END_ID, START_ID, SimpleTokenizer
+from unmasking import ORDERS, SCHEDULES
+from utils.console import run_program
+from utils.errors import ArgumentError
 
 TOKENIZER = SimpleTokenizer("\n :abcdefghijklmnopqrstuvwxyzROMEO")
 BLOCK_SIZE = 24
 
 
 def tiny_model(name: str, seed: int = 0):
-    """Random weights everywhere, so that what it writes depends on what it reads; [END] is next to impossible."""
-    config = CONFIGS[name](TOKENIZER.vocab_size, BLOCK_SIZE, n_embd=16, n_head=2, n_layer=2, ngram_rows=101)
+    """Random weights everywhere, so that the output depends on the input; [END] is nearly impossible."""
+    config = ModelConfig(TOKENIZER.vocab_size, BLOCK_SIZE, n_embd=16, n_head=2, n_layer=2, ngram_rows=101)
     model = MODELS[name](config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.15, generator=generator)
         model.head.weight *= 2
-        model.encoder.embedding.weight[:, 0] = 2.0  # a feature that is always on, and against [END]
+        model.encoder.embedding.weight[:, 0] = 2.0  # a constant feature, which makes [END] unlikely
         model.head.weight[END_ID] = -100.0 * (torch.arange(16) == 0)
     return model
 
@@ -58,7 +61,7 @@ def call(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
         code = 0
         try:
-            run(generate.main)
+            run_program(generate.main)
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()
@@ -81,7 +84,8 @@ def test_the_command_writes_text_that_begins_with_the_prompt(folder, command, na
     assert process.stdout.startswith("ROMEO:")
     assert len(process.stdout) == len("ROMEO:") + 40 + 1
     assert f"out/{name}/last.pt: {name}, step 7" in process.stderr
-    assert process.stdout.strip("\n") == generate_text(tiny_model(name), TOKENIZER, "ROMEO:", length=40).strip("\n")
+    text = generate_text(tiny_model(name), TOKENIZER, "ROMEO:", max_out_tokens=40)
+    assert process.stdout.strip("\n") == text.strip("\n")
 
 
 @pytest.mark.parametrize("name", ["gpt", "llada"])
@@ -106,15 +110,15 @@ def test_prompts_may_be_empty_or_longer_than_the_context(call, name, prompt):
 def test_samples_are_separated_by_an_empty_line(folder, call):
     _, text, _ = call("--prompt", "ROMEO:", "--length", 9, "--num-samples", 3)
     writer = GeneratorTransformer.load_from_checkpoint(folder / "out/gpt/last.pt")
-    samples = generate_texts(writer.model, TOKENIZER, ["ROMEO:"] * 3, length=9)
+    samples = generate_texts(writer.model, TOKENIZER, ["ROMEO:"] * 3, max_out_tokens=9)
     assert text == "\n\n".join(samples) + "\n"
     assert len(set(samples)) == 3
 
 
 def test_every_text_of_a_batch_is_the_one_written_alone():
     model, prompts = tiny_model("gpt"), ["", "ROMEO:", "a much longer prompt than the window holds"]
-    together = generate_texts(model, TOKENIZER, prompts, length=30, slide=5, seed=3)
-    assert together == [generate_text(model, TOKENIZER, p, length=30, slide=5, seed=3) for p in prompts]
+    together = generate_texts(model, TOKENIZER, prompts, max_out_tokens=30, slide=5, seed=3)
+    assert together == [generate_text(model, TOKENIZER, p, max_out_tokens=30, slide=5, seed=3) for p in prompts]
 
 
 def test_a_text_ends_with_its_stop_string(call):
@@ -162,13 +166,14 @@ def test_the_mask_predictor_has_a_table_for_every_mask(call):
     assert table == sorted(table, key=lambda row: -row[1])
 
 
-# ------------------------------------------------------------------------------------------------- LLaDA's ways
+# ------------------------------------------------------------------------------------------------- LLaDA's samplers
 @pytest.mark.parametrize(
     "flags",
     [
         "",
         "--steps 3",
         "--order left --temperature 0.5 --top-k 5 --top-p 0.9 --repetition-penalty 1.2",
+        "--order drawn_confidence --steps 5 --block-length 4 --temperature 0",
         "--order confidence --steps 4 --schedule cosine --block-length 5 --temperature 0",
         "--order random --schedule ancestral --steps 6 --remask rescale --eta 0.3",
         "--schedule 6,7 --cfg 0.5",
@@ -185,11 +190,21 @@ def test_a_template_is_filled_by_every_sampler(call, flags):
     assert "13 characters in" in notes
 
 
-def test_infilling_is_the_same_from_python(call):
+def test_infilling_chooses_the_newest_llada_model_and_is_the_same_from_python(call):
     template = "ROMEO:[MASK*4]love[MASK*35]"
-    _, text, _ = call("--model", "llada", "--infill", template, "--seed", 5, "--steps", 4, "--num-samples", 2)
-    together = generate.infill(tiny_model("llada"), TOKENIZER, [template] * 2, seed=5, steps=4)
+    _, text, _ = call("--infill", template, "--seed", 5, "--steps", 4, "--num-samples", 2)
+    together = infill(tiny_model("llada"), TOKENIZER, [template] * 2, seed=5, steps=4)
     assert text == "\n\n".join(together) + "\n"
+
+
+@pytest.mark.parametrize(("length", "cost"), [(1, "1 network evaluation"), (24, "16 network evaluations")])
+def test_the_speed_line_counts_network_evaluations(call, length, cost):
+    assert call("--infill", f"[MASK*{length}]")[2].endswith(f"characters/s, {cost}\n")
+
+
+def test_blocks_get_16_evaluations_each(call):
+    notes = call("--model", "llada", "--block-length", 16, "--length", 24)[2]
+    assert notes.endswith("24 network evaluations\n")  # 16 for the first block, 8 for the half that is left
 
 
 def test_watching_shows_every_step_and_changes_nothing(call):
@@ -202,6 +217,74 @@ def test_watching_shows_every_step_and_changes_nothing(call):
     assert steps[-1].replace("⏎", "\n") == text.strip("\n")
 
 
+# ------------------------------------------------------------------------------------------------- the library
+def test_both_models_have_the_same_arguments():
+    for name, settings in (("gpt", {"slide": 8}), ("llada", {"steps": 4})):
+        writer = GeneratorTransformer(tiny_model(name), TOKENIZER)
+        arguments = {"max_out_tokens": 30, "seed": 3, "temperature": 0.8, **settings}
+        text = generate_text(writer.model, TOKENIZER, "ROMEO:", **arguments)
+        assert len(text) == 36
+        assert text == generate_texts(writer.model, TOKENIZER, ["the", "ROMEO:"], **arguments)[1]
+        assert text == writer.generate("ROMEO:", **arguments)
+        assert text == "ROMEO:" + "".join(writer.stream("ROMEO:", **arguments))
+
+
+def test_the_class_infills_as_the_function_does():
+    writer = GeneratorTransformer(tiny_model("llada"), TOKENIZER)
+    template = "ROMEO:[MASK*4]love"
+    assert writer.infill(template, seed=2, steps=2) == infill(writer.model, TOKENIZER, template, seed=2, steps=2)
+    with pytest.raises(ValueError, match="infilling needs a LLaDA model"):
+        GeneratorTransformer(tiny_model("gpt"), TOKENIZER).infill(template)
+
+
+def test_stop_is_a_string_or_several():
+    model = tiny_model("gpt")
+    whole = generate_text(model, TOKENIZER, max_out_tokens=60)
+    stop = whole[20]
+    expected = whole[: whole.index(stop) + 1]
+    for stops in (stop, [stop], ("no such text", stop)):
+        assert generate_text(model, TOKENIZER, max_out_tokens=60, stop=stops) == expected
+    for stops in ("", ["", "a"]):
+        with pytest.raises(ArgumentError, match="stop must not be an empty string"):
+            generate_text(model, TOKENIZER, stop=stops)
+    with pytest.raises(ArgumentError, match="stop needs a GPT model"):
+        generate_text(tiny_model("llada"), TOKENIZER, stop=stop)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llada"])
+def test_bad_arguments_are_named_at_the_call(name):
+    model = tiny_model(name)
+    with pytest.raises(ArgumentError, match="max_out_tokens must be at least 0, got -1"):
+        stream_texts(model, TOKENIZER, [""], max_out_tokens=-1)
+    with pytest.raises(TypeError, match=f"'temprature' is not a setting of a {name} model; its settings are .*top_k"):
+        stream_texts(model, TOKENIZER, [""], temprature=1.0)
+    other = {"gpt": "order", "llada": "context_len"}[name]
+    with pytest.raises(TypeError, match=f"'{other}' is not a setting of a {name} model"):
+        GeneratorTransformer(model, TOKENIZER).generate("a", **{other: 3})
+    with pytest.raises(ValueError, match="temperature must be at least 0"):
+        generate_text(model, TOKENIZER, temperature=-1)
+
+
+def test_a_missing_device_is_one_line(folder):
+    with pytest.raises(ValueError, match="cuda:99: not available on this machine"):
+        GeneratorTransformer.load_from_checkpoint(folder / "out/gpt/last.pt", "cuda:99")
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+def test_the_choices_are_those_of_the_registries():
+    assert generate.MODELS == tuple(MODELS)
+    assert generate.ORDERS == tuple(ORDERS)
+    assert generate.SCHEDULES == tuple(SCHEDULES)
+    assert generate.REMASKERS == tuple(REMASKERS)
+
+
+def test_help_needs_no_torch(folder, command):
+    shown = command("generate.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert "--infill TEMPLATE" in shown.stdout
+    assert "| torch" not in shown.stderr
+    assert "| numpy" not in shown.stderr
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -210,11 +293,11 @@ def test_watching_shows_every_step_and_changes_nothing(call):
         (["--context-len", 25], "--context-len must be in 1..24"),
         (["--slide", 25], "--slide must be in 1..24"),
         (["--beams", 0], "--beams: must be at least 1"),
-        (["--beams", 2, "--num-samples", 3], "--num-samples 3: 2 beams find 2 texts"),
-        (["--beams", 2, "--temperature", 1], "--temperature: --beams searches"),
-        (["--length-penalty", 2], "--length-penalty: only with --beams"),
+        (["--beams", 2, "--num-samples", 3], "--num-samples must be at most 2, the number of --beams"),
+        (["--beams", 2, "--temperature", 1], "--temperature has no effect with --beams"),
+        (["--length-penalty", 2], "--length-penalty needs --beams"),
         (["--beams", 2, "--length-penalty", 1000], "--length-penalty: must be at most 10"),
-        (["--stop", ""], "--stop: the empty string"),
+        (["--stop", ""], "--stop must not be an empty string"),
         (["--chat", "--slide", 25], "--slide must be in 1..24"),
         (["--top-p", 1.5], "--top-p: must be at most 1"),
         (["--temperature", "nan"], "--temperature: must be"),
@@ -222,21 +305,29 @@ def test_watching_shows_every_step_and_changes_nothing(call):
         (["--prompt", "caf\xe9"], "unknown character 'é' (U+00E9) at position 3"),
         (["--checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
         (["--checkpoint", "out/llada/last.pt", "--model", "gpt"], "out/llada/last.pt holds a llada model"),
-        (["--model", "llada", "--beams", 3], "--beams: not for a llada model"),
+        (["--model", "llada", "--beams", 3], "--beams has no effect on a llada model"),
         (["--top", 3, "--chat"], "not allowed with argument"),
-        (["--order", "left"], "--order: not for a gpt model"),
-        (["--threshold", 0.5, "--steps", 4], "--steps, --threshold: not for a gpt model"),
+        (["--order", "left"], "--order has no effect on a gpt model"),
+        (["--threshold", 0.5, "--steps", 4], "--steps has no effect on a gpt model"),
+        (["--model", "llada", "--stop", "x"], "--stop has no effect on a llada model"),
+        (["--checkpoint", "out/gpt/last.pt", "--infill", "[MASK]"], "--infill has no effect on a gpt model"),
         (["--threshold", 0.5, "--factor", 1], "--factor: not allowed with argument --threshold"),
         (["--model", "llada", "--steps", 0], "--steps: must be at least 1"),
         (["--model", "llada", "--block-length", 0], "--block-length: must be at least 1"),
-        (["--model", "llada", "--infill", "abc"], "--infill: nothing to write"),
-        (["--model", "llada", "--infill", "[MASK]", "--length", 3], "--length: the template of --infill says"),
-        (["--model", "llada", "--eta", 0.1], "--eta: only with --remask"),
-        (["--model", "llada", "--schedule", "8,8", "--length", 20], "reveals 16 positions, but 20 are masked"),
+        (["--model", "llada", "--infill", "abc"], "--infill has nothing to write"),
+        (["--model", "llada", "--infill", "[MASK]", "--length", 3], "--length has no effect with --infill"),
+        (["--model", "llada", "--eta", 0.1], "--eta needs --remask"),
+        (["--model", "llada", "--schedule", "8,8", "--length", 20], "--schedule reveals 16 positions, but 20"),
+        # the first window fits (24 masks), the second does not (12)
+        (["--model", "llada", "--schedule", "8,8,8", "--length", 36], "--schedule reveals 24 positions, but 12 are"),
+        (["--model", "llada", "--steps", 2, "--block-length", 6, "--length", 24], "--steps must be at least 4"),
+        (["--model", "llada", "--order", "sweep", "--schedule", "cosine"], "--schedule does not go with the sweep"),
+        (["--model", "llada", "--order", "sweep", "--remask", "cap"], "--remask does not go with the sweep"),
+        (["--device", "cuda:99"], "--device cuda:99: not available on this machine"),
         (["--model", "llada", "--schedule", "fast"], "'fast' is not uniform, cosine, ancestral or counts"),
-        (["--model", "llada", "--chat", "--watch"], "--watch: --chat reads its prompts"),
-        (["--top", 3, "--length", 4], "--length: --top looks"),
-        (["--chat", "--prompt", "a"], "--prompt: --chat reads its prompts"),
+        (["--model", "llada", "--chat", "--watch"], "--watch has no effect with --chat"),
+        (["--top", 3, "--length", 4], "--length has no effect with --top"),
+        (["--chat", "--prompt", "a"], "--prompt has no effect with --chat"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, arguments, message):

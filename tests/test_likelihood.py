@@ -8,7 +8,7 @@ import torch
 from test_diffusion import subset_bound
 from toy import MASK, T, TablePredictor, V, all_masks, all_strings, cross_entropies, uniform
 
-from examine import uniform_t_bound
+from evaluation.likelihoods import uniform_t_bound
 from likelihood import (
     Likelihood,
     bound_from_masks,
@@ -65,7 +65,7 @@ def test_estimator_mean_is_the_exact_bound():
     exact = sum(subset_bound(predict, x) for x in windows[0]) + short_bound(predict, windows[1][0])
     generator = seeded(0)
     runs = torch.tensor(
-        [likelihood_bound(predict, windows, MASK, 1, 64, generator).nats_per_char for _ in range(200)]
+        [likelihood_bound(predict, windows, MASK, pairs=1, generator=generator).nats_per_char for _ in range(200)]
     ).double()
     assert runs.std() > 0
     assert abs(runs.mean() - exact / chars) <= 5 * runs.std() / len(runs) ** 0.5
@@ -76,7 +76,8 @@ def test_plain_monte_carlo_estimates_the_same_bound_with_more_variance():
     exact = sum(subset_bound(predict, x) for x in windows) / windows.numel()
     generator = seeded(0)
     plain = torch.tensor([uniform_t_bound(predict, windows, MASK, 2, generator) for _ in range(150)]).double()
-    paired = [likelihood_bound(predict, [windows], MASK, 1, 128, generator).nats_per_char for _ in range(150)]
+    bounds = [likelihood_bound(predict, [windows], MASK, pairs=1, generator=generator) for _ in range(150)]
+    paired = [bound.nats_per_char for bound in bounds]
     assert abs(plain.mean() - exact) <= 5 * plain.std() / len(plain) ** 0.5
     assert torch.tensor(paired).var() < plain.var() / 3
 
@@ -91,7 +92,7 @@ def short_bound(predict, x) -> float:
 
 
 def test_curve_and_token_shares_add_up_to_the_bound():
-    result = likelihood_bound(TablePredictor(), [all_strings()], MASK, 2, 7, seeded(1))
+    result = likelihood_bound(TablePredictor(), [all_strings()], MASK, pairs=2, batch_size=7, generator=seeded(1))
     assert result.window_nats.mean().item() == pytest.approx(result.curve.sum().item(), rel=1e-12)
     assert result.token_nats.sum().item() == pytest.approx(result.window_nats.sum().item(), rel=1e-12)
     assert result.curve[0] == 0
@@ -99,7 +100,10 @@ def test_curve_and_token_shares_add_up_to_the_bound():
 
 def test_results_do_not_depend_on_the_batch_size():
     windows = [all_strings()[:20], all_strings(2)[:1]]
-    results = [likelihood_bound(TablePredictor(), windows, MASK, 3, size, seeded(2)) for size in (1, 5, 1000)]
+    results = [
+        likelihood_bound(TablePredictor(), windows, MASK, pairs=3, batch_size=size, generator=seeded(2))
+        for size in (1, 5, 1000)
+    ]
     for other in results[1:]:
         assert torch.equal(results[0].window_nats, other.window_nats)
         assert torch.equal(results[0].token_nats, other.token_nats)
@@ -109,7 +113,7 @@ def test_results_do_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_every_character_counts_once_and_a_uniform_predictor_scores_log_v(length):
     windows = [all_strings(), all_strings(length)[:1]]
-    result = likelihood_bound(uniform, windows, MASK, 1, 16, seeded(0))
+    result = likelihood_bound(uniform, windows, MASK, pairs=1, batch_size=16, generator=seeded(0))
     assert result.lengths.sum() == sum(part.numel() for part in windows)
     assert result.nats_per_char == pytest.approx(math.log(V), rel=1e-12)
     assert result.token_nats[-1, length:].abs().sum() == 0
@@ -133,7 +137,7 @@ def test_the_interval_over_windows_is_honest():
     generator, predict, estimates, errors = seeded(4), TablePredictor(), [], []
     for _ in range(150):
         windows = all_strings()[torch.randint(V**T, (12,), generator=generator)]
-        result = likelihood_bound(predict, [windows], MASK, 1, 128, generator)
+        result = likelihood_bound(predict, [windows], MASK, pairs=1, batch_size=128, generator=generator)
         estimates.append(result.nats_per_char)
         errors.append((result.ci95[1] - result.ci95[0]) / 2 / 1.96)
     ratio = torch.tensor(errors).square().mean().sqrt() / torch.tensor(estimates).std()
@@ -142,12 +146,12 @@ def test_the_interval_over_windows_is_honest():
 
 def test_the_masks_share_of_the_interval_is_the_spread_over_fresh_masks():
     predict, windows = TablePredictor(), all_strings()[::2]
-    results = [likelihood_bound(predict, [windows], MASK, 3, generator=seeded(seed)) for seed in range(400)]
+    results = [likelihood_bound(predict, [windows], MASK, pairs=3, generator=seeded(seed)) for seed in range(400)]
     spread = 1.96 * torch.tensor([result.nats_per_char for result in results]).std().item()
     claimed = sum(result.mask_error for result in results) / len(results)
     assert 0.9 * spread < claimed < 1.5 * spread  # strata make the true spread the smaller one, if anything
-    assert likelihood_bound(predict, [windows], MASK, 1).mask_error == math.inf
-    assert Likelihood.exact([torch.ones(2, 3)]).mask_error == 0.0
+    assert likelihood_bound(predict, [windows], MASK, pairs=1).mask_error == math.inf
+    assert Likelihood.from_token_nats([torch.ones(2, 3)]).mask_error == 0.0
 
 
 def test_interval_covers_the_mean_over_a_population_of_windows():

@@ -1,18 +1,22 @@
-"""Who sees whom, equal sizes, tokens never predicted, and the cache against recomputation."""
+"""Visibility, equal parameter counts, tokens that are never predicted, and the cache against recomputation."""
+
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 from torch import nn
 
-from model import CONFIGS, ENCODERS, MODELS, NGRAMS, KeyValueCache
+from layers import NGRAMS
+from model import ENCODERS, MODELS, ModelConfig
+from utils.errors import ArgumentError
 
 T, V = 12, 20
 
 
 def random_model(name: str, arch: str, seed: int = 0):
-    """A small model in which every weight matters: those that start at zero are drawn as well."""
+    """A small model with random weights, also where they start at zero, so that every weight matters."""
     torch.manual_seed(seed)
-    model = MODELS[name](CONFIGS[name](V, 16, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101)).eval()
+    model = MODELS[name](ModelConfig(V, 16, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101)).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     return model
@@ -38,7 +42,7 @@ def test_ngrams_are_looked_up_as_numbers_in_base_v(name):
 
 @pytest.mark.parametrize("arch", ENCODERS)
 @pytest.mark.parametrize("name", MODELS)
-def test_which_positions_see_which(name, arch):
+def test_positions_see_what_they_should(name, arch):
     model, x = random_model(name, arch), tokens(1)
     before = model(x)[..., 3:]
     for changed in range(T):
@@ -46,10 +50,10 @@ def test_which_positions_see_which(name, arch):
         y[0, changed] = 3
         differs = (model(y)[..., 3:] != before).any(-1)[0]
         if name == "gpt":
-            assert not differs[:changed].any(), "the past saw the future"
+            assert not differs[:changed].any(), "a position saw a later one"
             assert differs[changed:].all()
         else:
-            assert differs.all(), "the mask predictor sees everything"
+            assert differs.all(), "a position did not see another"
 
 
 @pytest.mark.parametrize("arch", ENCODERS)
@@ -82,29 +86,29 @@ def test_left_padding_changes_nothing(name, arch):
 
 
 @pytest.mark.parametrize("chunks", [[1] * T, [5, 1, 1, 5], [T]])
-def test_cached_logits_are_the_recomputed_ones(chunks):
+def test_cached_logits_equal_recomputed_ones(chunks):
     model, x = random_model("gpt", "rotary"), tokens()
     with torch.inference_mode():
-        cache = KeyValueCache(model.config, 2, T)
+        cache = model.new_cache(2, T)
         cached = torch.cat([model(part, cache=cache) for part in x.split(chunks, dim=1)], dim=1)
         assert torch.allclose(cached[..., 3:], model(x)[..., 3:], atol=1e-5)
         assert torch.equal(cached.argmax(-1), model(x).argmax(-1))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_compiled_step_is_the_plain_one(rows):
-    """Compiled, products of one row, attention of one query and rotations are written out: same numbers."""
+def test_a_compiled_step_equals_the_eager_one(rows):
+    """Compiled code computes products of one row, attention of one query and rotations in other ways."""
     model, x = random_model("gpt", "rotary"), tokens(rows)
     with torch.inference_mode():
         expected = model(x)
         model.compile(backend="aot_eager", fullgraph=True)
-        cache = KeyValueCache(model.config, rows, T)
+        cache = model.new_cache(rows, T)
         compiled = torch.cat([model(part, cache=cache) for part in x.split([5] + [1] * (T - 5), dim=1)], dim=1)
     torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(compiled.argmax(-1), expected.argmax(-1))
 
 
-def test_head_at_chosen_positions():
+def test_logits_at_chosen_positions_equal_those_of_all_positions():
     model, x = random_model("llada", "rotary"), tokens()
     at = x % 3 == 0
     assert torch.allclose(model(x, at=at)[:, 3:], model(x)[at][:, 3:], atol=1e-6)
@@ -119,12 +123,28 @@ def test_vanilla_is_pytorchs_own_encoder():
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
-    [({"n_head": 3}, "multiple"), ({"n_layer": 0}, "n_layer"), ({"dropout": 1.0}, "dropout"), ({"arch": "x"}, "arch")],
+    ("bad", "argument"),
+    [({"n_head": 3}, "n_embd"), ({"n_layer": 0}, "n_layer"), ({"dropout": 1.0}, "dropout"), ({"arch": "x"}, "arch")],
 )
-def test_impossible_sizes_are_refused(bad, message):
-    with pytest.raises(ValueError, match=message):
-        CONFIGS["gpt"](**({"vocab_size": V, "block_size": 16, "n_embd": 16, "n_head": 2} | bad))
+def test_impossible_sizes_are_refused(bad, argument):
+    with pytest.raises(ArgumentError) as error:
+        ModelConfig(**({"vocab_size": V, "block_size": 16, "n_embd": 16, "n_head": 2} | bad))
+    assert error.value.argument == argument
+
+
+def test_config_is_frozen_and_rebuilds_itself_from_plain_values():
+    config = ModelConfig(V, 16, n_embd=16, n_head=2, arch="vanilla")
+    assert ModelConfig(**config.to_dict()) == config
+    with pytest.raises(FrozenInstanceError):
+        config.n_embd = 32
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_device_and_cache_are_those_of_the_parameters(name):
+    model = random_model(name, "rotary").to("meta")
+    cache = model.new_cache(3, 10)
+    assert model.device.type == cache.keys[0].device.type == cache.tokens.device.type == "meta"
+    assert [keys.shape for keys in cache.keys] == [(3, 2, 10, 8)] * 2
 
 
 def test_too_long_input_is_refused():

@@ -1,9 +1,9 @@
-"""Orthogonalization against the SVD, Muon against its definition, and the schedule."""
+"""Orthogonalization against the SVD, Muon against its definition, n-gram steps, and the schedule."""
 
 import pytest
 import torch
 
-from model import CONFIGS, MODELS
+from model import MODELS, ModelConfig
 from optim import Muon, build_optimizers, learning_rate_factor, orthogonalize, set_learning_rate
 
 
@@ -13,7 +13,7 @@ def noise(*shape) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])
 def test_orthogonalize_is_the_polar_factor_of_the_svd(shape):
-    """U V^T up to the iteration's error; where it errs, singular values stay near 1 and directions are exact."""
+    """The result is U V^T up to the iteration's error in the singular values; its directions are exact."""
     matrices = noise(*shape)
     u, s, vt = torch.linalg.svd(orthogonalize(matrices), full_matrices=False)
     assert s.min() > 0.4
@@ -43,7 +43,7 @@ def test_muon_steps_are_orthogonalized_nesterov_momentum():
         assert torch.allclose(w, expected, atol=1e-4)
 
 
-def test_tall_matrices_move_further():
+def test_tall_matrices_take_larger_steps():
     tall = torch.nn.Parameter(torch.zeros(32, 8))
     tall.grad = noise(32, 8)
     Muon([tall], lr=1.0).step()
@@ -52,8 +52,8 @@ def test_tall_matrices_move_further():
 
 @pytest.mark.parametrize("arch", ["rotary", "vanilla"])
 def test_every_parameter_has_exactly_one_optimizer(arch):
-    model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101))
-    optimizers = build_optimizers(model)
+    model = MODELS["gpt"](ModelConfig(20, 16, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101))
+    optimizers = build_optimizers(model, tokens_per_step=6)
     owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters()))
     if arch == "rotary":
@@ -64,7 +64,7 @@ def test_every_parameter_has_exactly_one_optimizer(arch):
         assert all(group["lr"] == 0.5 * group["initial_lr"] for group in optimizer.param_groups)
 
 
-def test_schedule_rises_stays_and_falls_to_zero():
+def test_schedule_warms_up_stays_and_falls_to_zero():
     factors = [learning_rate_factor(i / 1000) for i in range(1001)]
     assert 0 < factors[0] < 0.01
     assert max(factors) == 1
@@ -74,18 +74,23 @@ def test_schedule_rises_stays_and_falls_to_zero():
     assert learning_rate_factor(1.2) == 0
 
 
-def test_ngram_tables_take_plain_steps_sparse_or_dense():
-    """Each row moves by the rate times its gradient, however often it was read, and no other row moves."""
+def test_ngram_tables_take_gradient_steps_whether_sparse_or_dense():
+    """ngram_lr is per token: a row moves by it times the sum of its gradients of each token's loss, no other row does.
+
+    The loss of a step is the mean over its tokens.
+    """
     tables = []
     for sparse in (True, False):
         torch.manual_seed(0)
-        model = MODELS["gpt"](CONFIGS["gpt"](20, 16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101))
-        optimizers = build_optimizers(model, ngram_lr=3.0)
+        model = MODELS["gpt"](ModelConfig(20, 16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101))
+        optimizers = build_optimizers(model, tokens_per_step=6, ngram_lr=3.0)
         bag = model.encoder.ngrams.tables
         bag.sparse = sparse
         torch.nn.init.normal_(model.head.weight)
-        model(torch.tensor([[5, 6, 5, 6, 5, 6]]))[..., 3:].logsumexp(-1).sum().backward()
-        gradient, before = bag.weight.grad.to_dense().clone(), bag.weight.detach().clone()
+        losses = model(torch.tensor([[5, 6, 5, 6, 5, 6]]))[..., 3:].logsumexp(-1)
+        (sum_of_gradients,) = torch.autograd.grad(losses.sum(), bag.weight, retain_graph=True)
+        losses.mean().backward()
+        gradient, before = sum_of_gradients.to_dense().clone(), bag.weight.detach().clone()
         for optimizer in optimizers:
             optimizer.step()
         assert torch.allclose(bag.weight, before - 3.0 * gradient, atol=1e-6)

@@ -6,10 +6,21 @@ import math
 import pytest
 import torch
 
-from drawing import draw
-from model import LLaDAConfig, LLaDAModel
-from sampler import reverse_process
-from unmasking import ORDERS, UnmaskingPolicy, bit_reversal, entropy_bound_rule, factor_rule, threshold_rule
+from likelihood import policy_likelihood
+from logits import draw
+from model import LLaDAModel, ModelConfig
+from sampler import SamplingConfig, reverse_process
+from tokenizer import MASK_ID, NEVER_WRITTEN, PAD_ID
+from unmasking import (
+    ORDERS,
+    UnmaskingPolicy,
+    bit_reversed_turns,
+    entropy_bound_rule,
+    factor_rule,
+    random_positions,
+    threshold_rule,
+)
+from utils.errors import ArgumentError
 
 M, V, T = 3, 3, 4  # the toy: [MASK] is 3, three tokens, four positions
 
@@ -58,6 +69,11 @@ def last(steps):
     return step
 
 
+def project_process(predict, tokens, **settings):
+    """`reverse_process` with this project's vocabulary: [PAD] 0, [MASK] 1, [START] 2 are never written."""
+    return reverse_process(predict, tokens, MASK_ID, never=NEVER_WRITTEN, pad_token_id=PAD_ID, **settings)
+
+
 # ------------------------------------------------------------------------------------------------- one token
 @pytest.mark.parametrize("p", [(0, 0.5, 0, 0.25, 0.25, 0), (0, 0, 1, 0), (1e-300, 0, 0.1, 0.2, 0.3, 0.4, 0, 0)])
 def test_a_draw_inverts_the_distribution_function_and_never_meets_probability_zero(p):
@@ -104,7 +120,10 @@ def test_temperature_0_gives_the_tokens_of_lladas_published_sampler(mask, cfg_sc
         expected = llada_tokens(predict, prompt, mask, per_block * blocks, block * blocks, block, cfg_scale)
         tokens = torch.cat([prompt, torch.full((block * blocks,), mask)])[None]
         flags = {"steps": per_block * blocks, "block_length": block, "cfg_scale": cfg_scale}
-        assert last(reverse_process(predict, tokens, mask, **flags)).tokens[0].tolist() == expected.tolist()
+        never = NEVER_WRITTEN if mask == MASK_ID else ()
+        for order in ("drawn_confidence", "confidence"):  # the same at temperature 0
+            steps = reverse_process(predict, tokens, mask, never=never, order=order, **flags)
+            assert last(steps).tokens[0].tolist() == expected.tolist()
 
 
 # ------------------------------------------------------------------------------------------------- outcomes by hand
@@ -160,6 +179,12 @@ def best(row, n, score):
     return [(sorted(masked_in(row), key=lambda i: -score(p[i]))[:n], 1.0)]
 
 
+def above(row, threshold):
+    """How many masked positions have a token of at least this probability."""
+    p = toy_conditionals(row)
+    return sum(float(p[i].max()) >= threshold for i in masked_in(row))
+
+
 def margin(p):
     return float(p.topk(2).values[0] - p.topk(2).values[1])
 
@@ -206,11 +231,16 @@ STRATEGIES = {
     "sweep": ({"order": "sweep", "steps": 3}, by_positions(lambda row, k: [([[0, 3], [1], [2]][k], 1.0)])),
     "margin": ({"order": "margin", "steps": 2}, by_positions(lambda row, k: best(row, 2, margin))),
     "entropy": ({"order": "entropy", "steps": 2}, by_positions(lambda row, k: best(row, 2, negative_entropy))),
-    "confidence": ({"order": "confidence", "steps": 2}, by_drawn_tokens(lambda confidences, k: 2)),
-    "confidence, counts 1 + 3": ({"schedule": [1, 3]}, by_drawn_tokens(lambda confidences, k: [1, 3][k])),
-    "threshold": (
+    "confidence": ({"order": "confidence", "steps": 2}, by_positions(lambda row, k: best(row, 2, max))),
+    "drawn_confidence": ({"order": "drawn_confidence", "steps": 2}, by_drawn_tokens(lambda confidences, k: 2)),
+    "drawn_confidence, counts 1 + 3": ({"schedule": [1, 3]}, by_drawn_tokens(lambda confidences, k: [1, 3][k])),
+    "drawn_confidence, threshold": (
         {"threshold": 0.5},
         by_drawn_tokens(lambda confidences, k: max(1, sum(c >= 0.5 for c in confidences))),
+    ),
+    "confidence, threshold": (
+        {"order": "confidence", "threshold": 0.5},
+        by_positions(lambda row, k: best(row, max(1, above(row, 0.5)), max)),
     ),
     "blocks": (
         {"order": "random", "block_length": 2, "steps": 2},
@@ -253,7 +283,7 @@ def test_each_strategy_has_the_distribution_of_outcomes_its_rule_says(name):
     assert float(expected.sum()) == pytest.approx(1)
     N = 2000
     ends = last(reverse_process(toy_predict, torch.full((N, T), M), M, temperature=1.0, **flags)).tokens
-    observed = torch.bincount((ends * V ** torch.arange(T - 1, -1, -1)).sum(1), minlength=V**T)
+    observed = torch.bincount(text_numbers(ends), minlength=V**T)
     statistic = float(((observed - N * expected) ** 2 / (N * expected)).sum())  # chi-square with V^T - 1 = 80 degrees
     assert statistic < 125  # exceeded once in a thousand seeds, were the sampler right; the seed is fixed
 
@@ -273,6 +303,92 @@ def test_remdm_with_sigma_0_is_the_ancestral_sampler():
         assert not any(step.remasked.any() for step in steps)
         if remask != "loop":  # whose clock runs differently
             assert steps[-1].tokens.tolist() == ancestral.tolist()
+
+
+def texts_of_the_toy() -> torch.Tensor:
+    """(V^T, T): all texts, in the order of `text_numbers`."""
+    return torch.tensor(list(itertools.product(range(V), repeat=T)))
+
+
+def text_numbers(texts: torch.Tensor) -> torch.Tensor:
+    return (texts * V ** torch.arange(T - 1, -1, -1)).sum(1)
+
+
+EXACT = [
+    *({"order": order, "steps": steps} for order in ORDERS for steps in (2, 4)),
+    *({"order": order, "threshold": 0.5} for order in ("confidence", "margin", "left", "sweep")),
+    {"order": "confidence", "factor": 1.2},
+    {"order": "entropy", "entropy_bound": 0.8},
+    {"order": "confidence", "block_length": 2, "steps": 2},
+    {"order": "margin", "schedule": [1, 3]},
+]
+EXACT = [flags for flags in EXACT if UnmaskingPolicy(**flags).has_exact_likelihood]
+
+
+@pytest.mark.parametrize("flags", EXACT, ids=str)
+def test_the_likelihood_of_a_policy_is_the_frequency_of_its_samples(flags):
+    """What `policy_likelihood` calls exact is the distribution of the sampler with the same settings."""
+    config, texts, N = SamplingConfig(temperature=1.0, **flags), texts_of_the_toy(), 2000
+    likelihood, _ = policy_likelihood(toy_predict, texts, config, M)
+    expected = (-likelihood.window_nats).exp()
+    assert float(expected.sum()) == pytest.approx(1)
+    ends = last(reverse_process(toy_predict, torch.full((N, T), M), M, config)).tokens
+    observed = torch.bincount(text_numbers(ends), minlength=V**T)
+    statistic = float(((observed - N * expected) ** 2 / (N * expected)).sum())  # chi-square, 80 degrees of freedom
+    assert statistic < 125  # exceeded once in a thousand seeds, were the two equal; the seed is fixed
+
+
+@pytest.mark.parametrize("flags", [{}, {"threshold": 0.5}, {"order": "random"}], ids=str)
+def test_orders_that_depend_on_draws_claim_no_exact_likelihood(flags):
+    policy = UnmaskingPolicy(**flags)
+    assert not policy.has_exact_likelihood
+    with pytest.raises(ValueError, match="no exact likelihood"):
+        policy_likelihood(toy_predict, texts_of_the_toy(), policy, M)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_random_order_has_an_upper_bound(steps):
+    """Over many drawn orders, the mean of -log p given the order is above -log of the sampler's distribution."""
+    policy, generator = UnmaskingPolicy(order="random", steps=steps), torch.Generator().manual_seed(0)
+    texts = texts_of_the_toy()
+    exact = -outcomes_by_hand(by_positions(lambda row, k: subsets(row, T // steps))).log()
+    repeats = [
+        policy_likelihood(toy_predict, texts, random_positions(policy, generator), M, is_bound=True)
+        for _ in range(60)
+    ]
+    assert all(likelihood.is_bound for likelihood, _ in repeats)
+    assert all((nfe == steps).all() for _, nfe in repeats)
+    mean = torch.stack([likelihood.window_nats for likelihood, _ in repeats]).mean()
+    if steps == 1:  # a single order: nothing to average over
+        assert float(mean) == pytest.approx(float(exact.mean()))
+    elif steps == 2:
+        assert float(mean) > float(exact.mean()) + 0.01
+    else:  # true conditionals: each order gives the exact joint probability
+        assert float(mean) == pytest.approx(float(exact.mean()))
+    with pytest.raises(ValueError, match="order random"):
+        random_positions(UnmaskingPolicy(order="left"), generator)
+
+
+def test_a_foreign_vocabulary_keeps_its_ids():
+    """Only the mask and the ids in `never` are excluded, whatever the mask's id is."""
+    tokens = torch.full((1, 400), 1)
+    written = last(reverse_process(Uniform(5), tokens, 1, temperature=1.0, order="left", steps=4)).tokens
+    assert set(written.flatten().tolist()) == {0, 2, 3, 4}
+    written = last(project_process(Uniform(5), tokens, temperature=1.0, order="left", steps=4)).tokens
+    assert set(written.flatten().tolist()) == {3, 4}
+    for order in ("confidence", "drawn_confidence", "margin"):
+        steps = reverse_process(Uniform(5), tokens[:, :20], 1, never=(0,), temperature=1.0, order=order, steps=2)
+        assert not {0, 1} & set(last(steps).tokens.flatten().tolist())
+
+
+class Uniform:
+    """Equal logits over `vocab` tokens."""
+
+    def __init__(self, vocab: int):
+        self.vocab = vocab
+
+    def __call__(self, tokens):
+        return torch.zeros(*tokens.shape, self.vocab)
 
 
 # ------------------------------------------------------------------------------------------------- invariants
@@ -307,14 +423,14 @@ def test_every_state_keeps_the_rules(flags):
     tokens = torch.stack([template(seed=0), template(seed=1)])
     predict = Mixing(0)
     before = tokens
-    for step in reverse_process(predict, tokens, 1, temperature=0.9, **flags):
+    for step in project_process(predict, tokens, temperature=0.9, **flags):
         assert (step.tokens[tokens != 1] == tokens[tokens != 1]).all()  # what was given stands
-        assert (step.committed & (before != 1)).sum() == 0
+        assert (step.revealed & (before != 1)).sum() == 0
         assert (step.remasked & (before == 1)).sum() == 0
-        changed = step.committed | step.remasked
+        changed = step.revealed | step.remasked
         assert changed.any()
         assert (step.tokens[~changed] == before[~changed]).all()
-        assert ((step.tokens == 1) == ((before == 1) & ~step.committed | step.remasked)).all()
+        assert ((step.tokens == 1) == ((before == 1) & ~step.revealed | step.remasked)).all()
         assert ((step.confidence == 0) == (step.tokens == 1)).all()
         assert step.nfe == predict.calls
         assert int(step.evaluations.sum()) == predict.rows
@@ -328,7 +444,7 @@ def test_every_state_keeps_the_rules(flags):
 
 def test_nothing_to_write_costs_nothing():
     predict = Mixing(0)
-    steps = list(reverse_process(predict, torch.tensor([[4, 5, 6]]), 1, steps=4))
+    steps = list(project_process(predict, torch.tensor([[4, 5, 6]]), steps=4))
     assert [step.tokens.tolist() for step in steps] == [[[4, 5, 6]]]
     assert steps[0].nfe == predict.calls == 0
 
@@ -336,24 +452,37 @@ def test_nothing_to_write_costs_nothing():
 def test_a_finished_row_is_not_computed():
     predict = Mixing(0)
     tokens = torch.tensor([[1, 1, 1, 1, 1, 1], [5, 5, 5, 5, 5, 1]])
-    assert last(reverse_process(predict, tokens, 1)).evaluations.tolist() == [6, 1]
+    assert last(project_process(predict, tokens)).evaluations.tolist() == [6, 1]
     assert (predict.calls, predict.rows) == (6, 7)
 
 
 def test_strided_and_sweep_write_positions_that_are_far_apart():
-    assert [bit_reversal(s) for s in (1, 2, 4, 8)] == [(0,), (0, 1), (0, 2, 1, 3), (0, 4, 2, 6, 1, 5, 3, 7)]
-    assert sorted(bit_reversal(6)) == list(range(6))
+    assert [bit_reversed_turns(s) for s in (1, 2, 4, 8)] == [(0,), (0, 1), (0, 2, 1, 3), (0, 4, 2, 6, 1, 5, 3, 7)]
+    assert sorted(bit_reversed_turns(6)) == list(range(6))
     for order, firsts in {"strided": (0, 4, 2, 6, 1, 5, 3, 7), "sweep": range(8)}.items():
-        steps = list(reverse_process(Mixing(0), torch.full((1, 50), 1), 1, order=order, steps=8))
+        steps = list(project_process(Mixing(0), torch.full((1, 50), 1), order=order, steps=8))
         assert len(steps) == steps[-1].nfe == 8
         for step, first in zip(steps, firsts, strict=True):
-            assert step.committed[0].nonzero()[:, 0].tolist() == list(range(first, 50, 8))
+            assert step.revealed[0].nonzero()[:, 0].tolist() == list(range(first, 50, 8))
+
+
+def test_steps_are_a_maximum_and_every_block_gets_its_default():
+    predict, tokens = Mixing(0), torch.full((1, 48), 1)
+    for steps in (3, 4, 7, 16, 100):  # three blocks of 16
+        end = last(project_process(predict, tokens, order="sweep", block_length=16, steps=steps))
+        assert end.nfe <= steps
+    with pytest.raises(ArgumentError, match="steps must be at least 3, one for each block, got 2"):
+        project_process(predict, tokens, order="sweep", block_length=16, steps=2)
+    assert last(project_process(predict, tokens, order="sweep", block_length=16)).nfe == 48  # 16 a block
+    assert last(project_process(predict, tokens, order="sweep")).nfe == 16
+    assert last(project_process(predict, tokens[:, :10], order="strided")).nfe == 10  # no more than positions
+    assert last(project_process(predict, tokens, order="margin")).nfe == 48
 
 
 def test_temperature_changes_the_tokens():
     tokens = torch.full((1, 20), 1)
     ends = {
-        temperature: last(reverse_process(Mixing(0), tokens, 1, order="left", temperature=temperature)).tokens.tolist()
+        temperature: last(project_process(Mixing(0), tokens, order="left", temperature=temperature)).tokens.tolist()
         for temperature in (0.0, 0.5, 2.0)
     }
     assert ends[0.0] != ends[0.5] != ends[2.0] != ends[0.0]
@@ -371,7 +500,7 @@ def test_adaptive_rules_at_their_boundaries():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = LLaDAModel(LLaDAConfig(vocab_size=12, block_size=48, n_embd=16, n_head=2, n_layer=2, ngram_rows=101)).eval()
+    model = LLaDAModel(ModelConfig(vocab_size=12, block_size=48, n_embd=16, n_head=2, n_layer=2, ngram_rows=101)).eval()
     for parameter in model.parameters():  # some start at zero
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -385,9 +514,9 @@ def test_a_row_gives_the_same_text_alone_and_in_any_batch(model):
     batch = torch.stack([torch.nn.functional.pad(row, (30 - len(row), 0)) for row in rows])
     for flags in SAMPLERS:
         flags = {"temperature": 0.9, **flags}
-        together = last(reverse_process(predict, batch, 1, **flags)).tokens
+        together = last(project_process(predict, batch, **flags)).tokens
         for row, written in zip(rows[:3], together, strict=False):
-            alone = last(reverse_process(predict, row[None], 1, **flags)).tokens[0]
+            alone = last(project_process(predict, row[None], **flags)).tokens[0]
             assert written[30 - len(row) :].tolist() == alone.tolist(), flags
             assert (written[: 30 - len(row)] == 0).all()
         if "remask" not in flags:
@@ -408,11 +537,11 @@ def test_a_row_gives_the_same_text_alone_and_in_any_batch(model):
 def test_a_policy_forced_along_a_text_reveals_what_the_sampler_revealed(flags):
     """At temperature 0 the sampler's own text leads the policy through the sampler's own steps."""
     predict, policy = Mixing(0, never=[0, 1, 2]), UnmaskingPolicy(**flags)
-    steps = list(reverse_process(predict, torch.full((1, 21), 1), 1, **flags))
+    steps = list(project_process(predict, torch.full((1, 21), 1), **flags))
     text, masked = steps[-1].tokens, torch.ones(1, 21, dtype=torch.bool)
     for k, step in enumerate(steps):
         chosen = policy(predict(text.masked_fill(masked, 1)), masked, k)
-        assert chosen.tolist() == step.committed.tolist()
+        assert chosen.tolist() == step.revealed.tolist()
         masked &= ~chosen
     assert not masked.any()
 
@@ -423,13 +552,13 @@ def test_a_policy_forced_along_a_text_reveals_what_the_sampler_revealed(flags):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"block_length": 0}, "block_length must be at least 1"),
-        ({"order": "best"}, "order must be one of random, confidence"),
+        ({"order": "best"}, "order must be one of random, drawn_confidence"),
         ({"schedule": "square"}, "schedule must be uniform, cosine"),
         ({"schedule": [3, 3]}, "reveals 6 positions, but 5 are masked"),
-        ({"threshold": 0.9, "factor": 1.0}, "threshold and factor decide the same thing"),
-        ({"threshold": 1.5}, "threshold is a probability"),
-        ({"order": "strided", "schedule": "cosine"}, "strided order has its own schedule"),
-        ({"schedule": "ancestral"}, "goes with order random"),
+        ({"threshold": 0.9, "factor": 1.0}, "threshold does not go with factor"),
+        ({"threshold": 1.5}, "threshold must be at most 1"),
+        ({"order": "strided", "schedule": "cosine"}, "does not go with the strided order"),
+        ({"schedule": "ancestral"}, "ancestral goes with order random"),
         ({"remask": "never"}, "remask must be one of"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"top_p": 0.0}, "top_p must be in"),
@@ -440,4 +569,4 @@ def test_a_policy_forced_along_a_text_reveals_what_the_sampler_revealed(flags):
 )
 def test_what_does_not_go_together_is_refused_before_the_network_is_asked(flags, message):
     with pytest.raises(ValueError, match=message):
-        reverse_process(Mixing(0), torch.full((1, 5), 1), 1, **flags)
+        project_process(Mixing(0), torch.full((1, 5), 1), **flags)

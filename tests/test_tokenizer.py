@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from tokenizer import CHUNK, SPECIAL_TOKENS, SimpleTokenizer
+from tokenizer import CHUNK, END_ID, NEVER_WRITTEN, SPECIAL_TOKENS, SimpleTokenizer
 
 TEXT = "To be, or not to be:\nthat is the question — naïve 試 🙂"
 
@@ -20,6 +20,11 @@ def test_hand_example():
     assert [tokenizer.char_to_id[c] for c in "ehlo"] == [4, 5, 6, 7]
 
 
+def test_only_end_may_be_written_among_the_special_tokens():
+    assert [SPECIAL_TOKENS[i] for i in NEVER_WRITTEN] == ["[PAD]", "[MASK]", "[START]"]
+    assert {*NEVER_WRITTEN, END_ID} == set(range(len(SPECIAL_TOKENS)))
+
+
 def test_round_trips():
     tokenizer = SimpleTokenizer(TEXT)
     again = SimpleTokenizer.from_dict(tokenizer.to_dict())
@@ -30,7 +35,7 @@ def test_round_trips():
     assert again.id_to_char == tokenizer.id_to_char
 
 
-def test_texts_longer_than_a_chunk_are_encoded_whole():
+def test_texts_longer_than_a_chunk_are_encoded_completely():
     text = "ab" * (CHUNK // 2) + "c" * 3
     tokenizer = SimpleTokenizer("abc")
     assert np.array_equal(tokenizer.encode(text), np.array([4, 5] * (CHUNK // 2) + [6] * 3))

@@ -1,24 +1,28 @@
-"""Exact resume, accumulation, two processes, Ctrl-C, a killed worker, memory, and bad flags: the real command."""
+"""Training: objectives, exact resume, calibration, accumulation, two processes, Ctrl-C, memory, presets, bad flags."""
 
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
+import train
 from checkpoint import load_checkpoint
 from data import load_corpus, validation_windows
-from examine import score
-from model import CONFIGS, MODELS
-from parallel import Processes
-from run import Run, Settings
+from diffusion import DiffusionObjective
+from model import ENCODERS, MODELS
 from tokenizer import MASK_ID
-from train import calibrate, compute_loss, make_batch, predict, train_loop, train_step, validate
+from trainer import OBJECTIVES, OPTIMIZERS, CheckpointWriter, TrainConfig, Trainer, loss_of_weights
+from utils.console import progress
+from utils.errors import ArgumentError
+from utils.processes import Processes
 
 
 def weights(path) -> dict:
@@ -26,7 +30,7 @@ def weights(path) -> dict:
 
 
 def assert_same_run(one, two):
-    """Equal weights and equal histories, but for the clock."""
+    """Equal weights and equal histories, except for the seconds."""
     a, b = load_checkpoint(one), load_checkpoint(two)
     assert a.step == b.step
     for name, value in a.model.state_dict().items():
@@ -35,8 +39,8 @@ def assert_same_run(one, two):
         assert {k: v for k, v in x.items() if k != "seconds"} == {k: v for k, v in y.items() if k != "seconds"}
 
 
-def test_lladas_objective_has_the_bound_as_its_mean():
-    """t is not drawn uniformly in training; its density must cancel. A predictor whose loss is m/2 with m masks."""
+def test_mean_of_the_diffusion_loss_is_the_bound():
+    """Training does not draw t uniformly, so its density must cancel. The predictor's loss is m/2 with m masks."""
     T, B = 4, 4096
     sequences = torch.full((B, T), 4)
 
@@ -46,11 +50,11 @@ def test_lladas_objective_has_the_bound_as_its_mean():
         logits[:, 4], logits[:, 5] = -loss, torch.log1p(-torch.exp(-loss))
         return logits
 
-    generator = torch.Generator().manual_seed(0)
-    batches = [make_batch("llada", sequences, generator) for _ in range(200)]
-    for masked, targets, mask, _ in batches:
-        assert torch.equal(masked, torch.where(mask, MASK_ID, targets))
-    losses = torch.stack([compute_loss("llada", predict("llada", model, batch), batch) for batch in batches])
+    objective, generator = DiffusionObjective(), torch.Generator().manual_seed(0)
+    batches = [objective.make_batch(sequences, generator) for _ in range(200)]
+    for batch in batches:
+        assert torch.equal(batch.inputs, torch.where(batch.mask, MASK_ID, batch.targets))
+    losses = torch.stack([objective.loss(objective.predict(model, batch), batch) for batch in batches])
     bound = sum(m / 2 for m in range(1, T + 1)) / T  # the mean over m = 1..T of c(m)
     assert losses.mean().item() == pytest.approx(bound, abs=5 * losses.std().item() / 200**0.5 + 2e-3)  # t >= MIN_T
 
@@ -58,7 +62,7 @@ def test_lladas_objective_has_the_bound_as_its_mean():
 @pytest.mark.parametrize("model", ["llada", "gpt"])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, corpus_file, tmp_path, model):
     flags = ["--model", model, "--data", corpus_file, *TINY, "--dropout", 0.1, "--eval-every", 4, "--seed", 7]
-    flags += ["--short-share", 0.5]  # until after the stop
+    flags += ["--short-share", 0.5, "--calibration", 0.1]  # windows are short until after the interruption
     command("train.py", *flags, "--steps", 20, "--out", "whole")
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *map(str, flags), "--steps", "20", "--out", "parts"],
@@ -79,65 +83,144 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, corpus_file, 
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16, 20]
 
 
-def small_run(name: str, corpus_file, **settings) -> Run:
-    corpus = load_corpus(str(corpus_file))
+def small_trainer(name: str, corpus_file, clock=None, **settings) -> Trainer:
+    """A tiny run. All its weights are random, so that none has a gradient of zero."""
+    settings = {"steps": 1, "batch_size": 8} | ({"steps": None} if "minutes" in settings else {}) | settings
+    config = TrainConfig(name, n_layer=1, n_head=2, n_embd=16, block_size=16, ngram_rows=101, **settings)
+    trainer = Trainer(config, load_corpus(str(corpus_file)), Processes("cpu"), clock)
     torch.manual_seed(0)
-    model = MODELS[name](CONFIGS[name](corpus.tokenizer.vocab_size, 16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101))
-    for p in model.parameters():
+    for p in trainer.model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    return Run(model, corpus, 0.2, Settings(batch_size=8, **settings), Processes("cpu"))
+    return trainer
 
 
+# ------------------------------------------------------------------------------------------------- calibration
 @pytest.mark.parametrize("model", ["llada", "gpt"])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.5])
-def test_calibration_finds_the_temperature_of_least_loss_whatever_the_head_was_scaled_by(corpus_file, model, factor):
-    run = small_run(model, corpus_file, steps=1, calibration=0.1)
+def test_calibration_finds_the_temperature_of_least_loss_for_any_scale_of_the_head(corpus_file, model, factor):
+    trainer = small_trainer(model, corpus_file, calibration=0.1)
     for _ in range(40):
-        train_step(run, run.model, 0.0)
-    calibrate(run)
-    run.val_windows = run.calibration_windows
-    best, weight = validate(run), run.model.head.weight
+        trainer.train_step(0.0)
+    trainer.calibrate()
+    trainer.val_windows = trainer.calibration_windows
+    best, weight = trainer.validate(), trainer.model.head.weight
     with torch.no_grad():
         for other in (0.95, 1.05 / 0.95):
             weight.mul_(other)
-            assert validate(run) > best
+            assert trainer.validate() > best
         weight.mul_(factor / 1.05)
-    assert calibrate(run) == pytest.approx(factor, rel=1e-3)
-    assert validate(run) == pytest.approx(best, abs=1e-5)
+    assert trainer.calibrate() == pytest.approx(factor, rel=1e-3)
+    assert trainer.validate() == pytest.approx(best, abs=1e-5)
 
 
-def test_text_kept_to_calibrate_is_neither_trained_nor_validated_on(command, corpus_file, tmp_path):
-    run = small_run("gpt", corpus_file, calibration=0.25)
-    train_ids, val_ids = run.corpus.split(0.2)
-    kept = int(0.25 * len(train_ids))
-    assert torch.equal(run.train_set.ids, train_ids[kept:])
-    assert torch.equal(run.calibration_windows, validation_windows(train_ids[:kept], 16, run.corpus.tokenizer)[0])
-    assert torch.equal(run.val_ids, val_ids)
-    notes = command("train.py", "--data", corpus_file, *TINY, "--steps", 20, "--calibration", 0.25).stderr
-    lines = [json.loads(line) for line in (tmp_path / "out/llada/metrics.jsonl").read_text().splitlines()]
-    assert ["temperature" in line for line in lines] == [False] * 9 + [True]
-    assert f"temperature {lines[-1]['temperature']:.3f}" in notes
+def test_text_held_out_for_calibration_is_neither_trained_nor_validated_on(corpus_file):
+    trainer = small_trainer("gpt", corpus_file, calibration=0.25)
+    train_ids, val_ids = trainer.corpus.split(0.2)
+    held_out = int(0.25 * len(train_ids))
+    expected = validation_windows(train_ids[:held_out], 16, trainer.corpus.tokenizer)[0]
+    assert torch.equal(trainer.train_set.ids, train_ids[held_out:])
+    assert torch.equal(trainer.calibration_windows, expected)
+    assert torch.equal(trainer.val_ids, val_ids)
+
+
+@pytest.mark.parametrize("model", ["llada", "gpt"])
+def test_val_loss_is_never_calibrated_and_the_last_record_has_both_losses(command, corpus_file, tmp_path, model):
+    """The same run without fitting a temperature has the same val_loss throughout, the last one included."""
+    trainer = small_trainer(model, corpus_file, steps=20, calibration=0.25)
+    trainer.train()
+    last = trainer.history[-1]
+    assert ["temperature" in record for record in trainer.history] == [False] * 9 + [True]
+    assert trainer.validate() == last["calibrated_val_loss"]
+    uncalibrated = small_trainer(model, corpus_file, steps=20, calibration=0.25)
+    uncalibrated.calibration_windows = None
+    uncalibrated.train()
+    assert [r["val_loss"] for r in uncalibrated.history] == [r["val_loss"] for r in trainer.history]
+    assert uncalibrated.validate() == last["val_loss"] != last["calibrated_val_loss"]
+
+    messages = command("train.py", "--data", corpus_file, *TINY, "--steps", 20, "--calibration", 0.25).stderr
+    record = json.loads((tmp_path / "out/llada/metrics.jsonl").read_text().splitlines()[-1])
+    line = next(line for line in messages.splitlines() if line.startswith("step     20"))
+    for key, digits in (("val_loss", 4), ("calibrated_val_loss", 4), ("temperature", 3)):
+        assert f"{record[key]:.{digits}f}" in line
+
+
+def test_best_checkpoint_has_the_lowest_loss_of_the_weights_it_holds(corpus_file, tmp_path):
+    """The last record's val_loss is that of weights which no file holds: calibration has replaced them."""
+    trainer = small_trainer("gpt", corpus_file)
+    writer = CheckpointWriter(trainer, tmp_path / "gpt")
+    records = [
+        ({"val_loss": 2.0}, 0),
+        ({"val_loss": 1.5}, 1),
+        ({"val_loss": 1.4, "calibrated_val_loss": 1.6}, 1),  # calibration made it worse than record 1
+        ({"val_loss": 1.7, "calibrated_val_loss": 1.3}, 3),  # and here better than all
+    ]
+    for step, (record, best) in enumerate(records):
+        trainer.step = step
+        trainer.history.append(record)
+        writer.on_validation(record)
+        assert load_checkpoint(tmp_path / "gpt/best.pt").step == best
+        assert load_checkpoint(tmp_path / "gpt/last.pt").step == step
+    assert [loss_of_weights(record) for record, _ in records] == [2.0, 1.5, 1.6, 1.3]
+
+
+# ------------------------------------------------------------------------------------------------- steps
+def test_the_loss_is_not_read_from_the_device_unless_it_is_shown(corpus_file, monkeypatch):
+    """Reading it waits for the device. The loop reads it once for each validation, and for a status that is shown."""
+    trainer = small_trainer("gpt", corpus_file, steps=20, eval_every=20)
+    reads = []
+    for method in ("item", "__float__", "__format__", "tolist"):
+        original = getattr(torch.Tensor, method)
+
+        def counted(tensor, *args, original=original, method=method):
+            reads.append(method)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, method, counted)
+    with progress(1, "train", visible=False) as update:
+        trainer.train(update=update)
+    assert reads.count("item") == 2  # the training loss and the validation loss of the only record
+    assert set(reads) == {"item"}
+    reads.clear()
+    trainer.losses = [torch.tensor(1.25)]
+    assert trainer.status().startswith("step 20  loss 1.250  ")
+    assert reads
+
+
+def test_update_is_called_after_each_step_with_a_function_for_the_status(corpus_file):
+    trainer, seen = small_trainer("gpt", corpus_file, steps=4), []
+    trainer.train(update=lambda done, status: seen.append((done, status().split("  ")[0])))
+    assert seen == [(0.25, "step 1"), (0.5, "step 2"), (0.75, "step 3"), (1.0, "step 4")]
+
+
+def test_seconds_count_all_sessions(corpus_file, tmp_path):
+    times = iter(range(0, 1000, 10))
+    trainer = small_trainer("gpt", corpus_file, clock=lambda: next(times))
+    writer = CheckpointWriter(trainer, tmp_path)
+    writer.save_last()  # the clock's first answer is 0 s
+    writer.save_last()  # the second is 10 s
+    resumed = Trainer.resume(load_checkpoint(tmp_path / "last.pt"), Processes("cpu"), clock=lambda: 3.0)
+    assert resumed.seconds == 13.0
 
 
 def test_short_windows_hold_the_same_tokens_for_their_share_of_the_run(corpus_file):
     windows = {}
     for share in (0.0, 0.5):
-        run = small_run("gpt", corpus_file, steps=4, short_share=share)
-        windows[share] = [run.sample_windows(done) for done in (0, 0.25, 0.5, 0.75)]
+        trainer = small_trainer("gpt", corpus_file, short_share=share)
+        windows[share] = [trainer.sample_windows(done) for done in (0, 0.25, 0.5, 0.75)]
     assert [x.shape for x in windows[0.0]] == [(8, 16)] * 4
     assert [x.shape for x in windows[0.5]] == [(16, 8), (16, 8), (8, 16), (8, 16)]
     assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(*windows.values(), strict=True))
     flops = []
     for done in (0.4, 0.6):
-        run = small_run("gpt", corpus_file, short_share=0.5)
-        train_step(run, run.model, done)
-        flops.append(run.flops)
-    assert flops[1] - flops[0] == 12 * 16 * (16 - 8) * 8 * 16  # 12 C T a token, one layer
+        trainer = small_trainer("gpt", corpus_file, short_share=0.5)
+        trainer.train_step(done)
+        flops.append(trainer.flops)
+    assert flops[1] - flops[0] == 12 * 16 * (16 - 8) * 8 * 16  # 12 C T per token and layer
 
 
 @pytest.mark.parametrize("model", ["llada", "gpt"])
 def test_accumulated_gradients_are_those_of_the_large_batch(corpus_file, model):
-    """Gradients, not weights: both optimizers would forgive a wrong factor."""
+    """Gradients are compared, not weights: the steps of Muon and AdamW do not depend on a wrong factor."""
     gradients = []
 
     class Recorder:
@@ -152,9 +235,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch(corpus_file, model):
 
     losses = []
     for accumulate in (1, 4):
-        run = small_run(model, corpus_file, accumulate=accumulate)
-        run.optimizers = [Recorder(run.model)]
-        losses.append(train_step(run, run.model, 0.0).item())
+        trainer = small_trainer(model, corpus_file, accumulate=accumulate)
+        trainer.optimizers = [Recorder(trainer.model)]
+        losses.append(trainer.train_step(0.0).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6), name
@@ -163,20 +246,23 @@ def test_accumulated_gradients_are_those_of_the_large_batch(corpus_file, model):
 @pytest.mark.parametrize("model", ["llada", "gpt"])
 def test_gpu_paths_compute_the_same_loss(corpus_file, model):
     """What CUDA does by default, as far as a CPU can: bfloat16 autocast, and the encoder captured as a graph."""
-    run = small_run(model, corpus_file)
-    batch = make_batch(model, run.train_set.sample(8, run.generator), run.generator)
-    exact = compute_loss(model, predict(model, run.model, batch), batch)
+    trainer = small_trainer(model, corpus_file)
+    objective, network = OBJECTIVES[model], trainer.model
+    batch = objective.make_batch(trainer.train_set.sample(8, trainer.generator), trainer.generator)
+    exact = objective.loss(objective.predict(network, batch), batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = compute_loss(model, predict(model, run.model, batch), batch)
+        rounded = objective.loss(objective.predict(network, batch), batch)
     rounded.backward()
-    assert all(p.grad.to_dense().isfinite().all() for p in run.model.parameters())
+    assert all(p.grad.to_dense().isfinite().all() for p in network.parameters())
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
     assert rounded.item() != exact.item()
-    assert run.model.encoder.ngrams.tables.sparse  # on a CPU, not compiled
-    run.model.encoder.compile(backend="aot_eager", fullgraph=True)
-    assert compute_loss(model, predict(model, run.model, batch), batch).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert network.encoder.ngrams.tables.sparse  # on a CPU, not compiled
+    network.encoder.compile(backend="aot_eager", fullgraph=True)
+    compiled = objective.loss(objective.predict(network, batch), batch)
+    assert compiled.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------- processes, files
 def torchrun(tmp_path, *arguments) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -197,7 +283,7 @@ def test_two_processes_train_the_same_model_as_one(command, corpus_file, tmp_pat
         assert [line[key] for line in one] == pytest.approx([line[key] for line in two], rel=1e-4)
 
 
-def test_a_killed_worker_ends_the_run_clearly_and_the_checkpoint_is_whole(corpus_file, tmp_path):
+def test_a_killed_worker_ends_the_run_with_a_message_and_a_whole_checkpoint(corpus_file, tmp_path):
     process = torchrun(tmp_path, "--data", corpus_file, *TINY, "--steps", 10**6, "--eval-every", 5)
     seen = ""
     for line in process.stderr:
@@ -213,7 +299,7 @@ def test_a_killed_worker_ends_the_run_clearly_and_the_checkpoint_is_whole(corpus
 
 
 def test_training_on_a_large_text_keeps_memory_flat(tmp_path):
-    """200 MB of text cost at most the touched pages of its map; in memory it would be text and ids, 400 MB."""
+    """Of 200 MB of text only the touched pages are in memory. Unmapped, text and ids would take 400 MB."""
     path = tmp_path / "large.txt"
     with open(path, "w") as file:
         for i in range(200):
@@ -244,20 +330,20 @@ def test_a_new_run_moves_the_old_one_aside(command, corpus_file, tmp_path):
 
 
 def test_minutes_follow_the_clock(corpus_file):
-    """With a clock that ticks once a reading, the run ends when it says so, and the learning rate falls with it."""
-    ticks = itertools.count()
-    run = small_run("gpt", corpus_file, minutes=2)
-    train_loop(run, clock=lambda: next(ticks))
-    rates = [line["lr"] for line in run.history]
-    assert run.progress(next(ticks)) == 1
-    assert 30 < run.step < 120  # 120 seconds, each step reads the clock at least once
+    """Each reading of this clock is one second later. The run ends in time, and its learning rate falls with time."""
+    seconds = itertools.count()
+    trainer = small_trainer("gpt", corpus_file, clock=lambda: next(seconds), minutes=2)
+    trainer.train()
+    rates = [record["lr"] for record in trainer.history]
+    assert trainer.done() == 1
+    assert 30 < trainer.step < 120  # 120 seconds, each step reads the clock at least once
     assert len(rates) == 10
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert rates[-1] < 0.1 * max(rates)
 
 
 def test_training_learns(command, corpus_file, tmp_path):
-    """Both objectives fall well below the entropy of independent characters on a text with structure."""
+    """On a text with structure both losses fall well below the entropy of independent characters."""
     for model in ("llada", "gpt"):
         command("train.py", "--model", model, "--data", corpus_file, *TINY, "--n-embd", 32, "--steps", 400)
         checkpoint = load_checkpoint(tmp_path / f"out/{model}/best.pt")
@@ -266,8 +352,83 @@ def test_training_learns(command, corpus_file, tmp_path):
         frequencies = torch.bincount(train_ids.long()).float() / len(train_ids)
         unigram = -frequencies[val_ids.long()].clamp(min=1e-9).log().mean().item()
         windows = validation_windows(val_ids, 16, corpus.tokenizer)
-        result = score(checkpoint.model, windows, pairs=2, seed=0, tick=lambda windows: None)
+        result = OBJECTIVES[model].likelihood(checkpoint.model, windows, pairs=2, seed=0)
         assert result.nats_per_char < 0.6 * unigram
+
+
+# ------------------------------------------------------------------------------------------------- settings
+def test_command_line_choices_are_the_registries():
+    assert set(train.MODELS) == set(MODELS) == set(OBJECTIVES)
+    assert set(train.ARCHITECTURES) == set(ENCODERS)
+    assert set(train.OPTIMIZERS) == set(OPTIMIZERS)
+
+
+def test_every_setting_has_a_flag_and_every_flag_is_a_setting():
+    args = vars(train.make_parser().parse_args([]))
+    assert set(args) - {"preset", "device", "out", "resume"} == set(asdict(TrainConfig(steps=1)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"n_embd": 96, "block_size": 256, "minutes": 2.75, "steps": None, "ngram_lr": 0.75, "short_share": 0}),
+        (["--steps", "300"], {"n_embd": 64, "steps": 300, "minutes": None}),
+        (["--minutes", "15"], {"n_embd": 128, "block_size": 512, "minutes": 15, "short_share": 0.6}),
+        (["--model", "gpt"], {"n_embd": 96, "ngram_dropout": 0.2, "ngram_lr": 0.15, "short_share": 0}),
+        (["--model", "gpt", "--minutes", "15"], {"ngram_dropout": 0.5, "ngram_lr": 0.015, "weight_decay": 0.1}),
+        (["--model", "gpt", "--minutes", "15", "--ngram-lr", "0.1", "--no-compile"], {"ngram_lr": 0.1}),
+        (["--preset", "gpu"], {"n_embd": 384, "steps": 5000, "minutes": None, "ngram_lr": 0.004}),
+        (["--preset", "gpu", "--minutes", "5"], {"n_embd": 384, "steps": None, "minutes": 5}),
+    ],
+)
+def test_flags_replace_the_settings_of_the_preset(flags, expected):
+    config = train.new_config(train.make_parser().parse_args(flags), on_cuda=False)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.seed == 0
+    assert not config.compile
+    assert train.new_config(train.make_parser().parse_args(["--preset", "laptop"]), on_cuda=True).compile
+
+
+def test_config_is_frozen_and_stored_as_plain_values(command, corpus_file, tmp_path):
+    command("train.py", "--data", corpus_file, *TINY, "--steps", 2)
+    stored = load_checkpoint(tmp_path / "out/llada/last.pt").training["config"]
+    config = TrainConfig(**stored)
+    assert (config.data, config.steps, config.n_embd) == (str(corpus_file), 2, 16)
+    assert config.to_dict() == stored
+    with pytest.raises(FrozenInstanceError):
+        config.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *(("model", "bert"), ("arch", "lstm"), ("optimizer", "sgd"), ("val_fraction", 0.0), ("calibration", 1.0)),
+        *(("short_share", 1.5), ("batch_size", 0), ("accumulate", 0), ("lr", 0.0), ("ngram_lr", float("nan"))),
+        *(("weight_decay", -1), ("minutes", 1.0), ("steps", 0), ("eval_every", 0), ("n_embd", 30), ("seed", -1)),
+    ],
+)
+def test_config_refuses_values_out_of_range_and_names_the_argument(argument, value):
+    with pytest.raises(ArgumentError) as error:
+        replace(TrainConfig(steps=1), **{argument: value})
+    assert error.value.argument == ("steps" if argument == "minutes" else argument)  # steps and minutes: one of both
+
+
+def test_resuming_needs_the_state_of_a_run_and_its_text(corpus_file, tmp_path):
+    trainer = small_trainer("gpt", corpus_file)
+    checkpoint = trainer.checkpoint()
+    with pytest.raises(ValueError, match="no training state"):
+        Trainer.resume(replace(checkpoint, training={}), Processes("cpu"))
+    corpus_file.write_text("quite another text " * 100)
+    with pytest.raises(ValueError, match="is not the text of"):
+        Trainer.resume(checkpoint, Processes("cpu"))
+
+
+def test_the_last_line_is_the_next_command(command, corpus_file):
+    process = command("train.py", "--model", "gpt", "--data", corpus_file, *TINY, "--steps", 2, "--out", "a/b")
+    last = process.stderr.strip().splitlines()[-1]
+    program, *arguments = re.fullmatch(r"next: python (.*)", last)[1].split()
+    assert arguments == ["--checkpoint", "a/b/gpt/best.pt"]
+    assert command(program, *arguments, "--length", 5).stdout
 
 
 @pytest.mark.parametrize(
@@ -278,16 +439,18 @@ def test_training_learns(command, corpus_file, tmp_path):
         (["--lr", "fast"], ["--lr", "'fast' is not a number"]),
         (["--val-fraction", "1"], ["--val-fraction", "less than 1"]),
         (["--calibration", "0.9999"], ["--calibration 0.9999", "too few"]),
-        (["--n-embd", "30", "--n-head", "4"], ["n_embd", "30"]),
+        (["--n-embd", "30", "--n-head", "4"], ["--n-embd", "30"]),
         (["--data", "missing.txt"], ["--data missing.txt", "no such file"]),
         (["--block-size", "10000000"], ["--block-size", "too few"]),
         (["--batch-size", "6", "--accumulate", "4"], ["--batch-size 6"]),
         (["--device", "quantum"], ["--device quantum", "cpu"]),
         (["--device", "cpu:1"], ["--device cpu:1", "cpu"]),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], ["--device cuda: not available", "cpu"])]),
         (["--device", "cpu:foo"], ["--device cpu:foo", "cpu"]),
         (["--arch", "vanilla", "--ngram-rows", "7"], ["--ngram-rows", "vanilla"]),
         (["--resume"], ["out/llada/last.pt", "no such checkpoint"]),
         (["--resume", "--lr", "1"], ["--lr", "drop it"]),
+        (["--resume", "--preset", "gpu"], ["--preset", "drop it"]),
         (["--steps", "1", "--minutes", "1"], ["--minutes", "--steps"]),
     ],
 )

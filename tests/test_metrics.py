@@ -1,11 +1,18 @@
-"""Measures of written text, against brute force and by hand."""
+"""Sample metrics, against brute force and by hand."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from quality import NGramModel, character_entropy, distinct_share, longest_copied_span, real_word_share, words
+from evaluation.metrics import (
+    NGramModel,
+    character_entropy,
+    distinct_share,
+    longest_copied_span,
+    real_word_share,
+    words,
+)
 
 
 def test_ngram_model_is_a_distribution_in_every_context():
@@ -26,7 +33,7 @@ def test_ngram_model_by_hand():
     assert 2 ** -model.bits(np.array([1, 1]))[1] == pytest.approx(p1 / (1 + 1))
 
 
-def test_ngram_model_prefers_its_own_text_and_large_vocabularies_shorten_it():
+def test_ngram_model_prefers_its_training_text_and_large_vocabularies_reduce_its_order():
     ids = np.frombuffer(b"the cat sat on the mat and the rat sat on the cat " * 20, dtype=np.uint8)
     model = NGramModel(ids, vocab_size=256)
     assert model.bits(ids[:200]).mean() < model.bits(np.random.default_rng(0).permutation(ids[:200])).mean() - 2
@@ -64,7 +71,7 @@ def test_longest_copied_span_is_that_of_brute_force(seed):
     assert longest_copied_span(texts, source, block=7) == 25 == brute_force(texts, source)
 
 
-def test_longest_copied_span_of_strangers_is_zero():
+def test_longest_copied_span_without_common_characters_is_zero():
     assert longest_copied_span([np.array([5, 6])], np.array([1, 2, 3])) == 0
     assert longest_copied_span([], np.array([1, 2, 3])) == 0
     assert longest_copied_span([np.array([1, 2, 3, 4])], np.array([1, 2, 3])) == 3

@@ -1,22 +1,23 @@
-"""Several processes, one training run: what torchrun started, who writes, and how the processes agree.
+"""Data-parallel training in several processes that torchrun started: gloo on CPUs, nccl on GPUs.
 
-gloo on CPU, nccl on GPU. With one process everything here does nothing.
+With one process every function here does nothing or returns its argument.
 """
 
 import os
 import signal
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from console import say
+from utils.console import say
 
 
 class Processes:
-    """This process among the `world` that torchrun started; `device` is its own."""
+    """This process, number `rank` of `world`; `device` is its own device, `is_main` is true for rank 0."""
 
     def __init__(self, device: str):
         self.rank = int(os.environ.get("RANK", 0))
@@ -32,11 +33,11 @@ class Processes:
 
     @contextmanager
     def joined(self):
-        """Connect the processes for the time of the block; a lost one ends the program with a word, not a hang."""
+        """Connect the processes for the time of the block. If one is lost, the others exit with a message."""
         if self.world == 1:
             yield
             return
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(self.lost()))  # torchrun ends the survivors this way
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(self.lost()))  # torchrun ends the surviving processes so
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         try:
             yield
@@ -49,28 +50,28 @@ class Processes:
                 dist.destroy_process_group()
 
     def lost(self) -> int:
-        """Say that the run is over because another process is gone; the exit code for it."""
+        """Report that another process died; returns the exit code."""
         if self.is_main:
-            say("train.py: error: another training process died; the last checkpoint is intact: go on with --resume")
+            say("train.py: error: another training process died; the last checkpoint is intact: continue with --resume")
         return 1
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """The model as it trains here: gradients are averaged over the processes."""
+        """The model wrapped so that gradients are averaged over the processes."""
         if self.world == 1:
             return model
         return nn.parallel.DistributedDataParallel(model)
 
-    def share(self, batch: tuple[Tensor, ...], part: int, parts: int) -> tuple[Tensor, ...]:
-        """This process's rows of micro-batch `part` of `parts` of a global batch, on its device."""
+    def share(self, batch: NamedTuple, part: int, parts: int) -> NamedTuple:
+        """This process's rows of micro-batch `part` of `parts` of a global batch of tensors (B, ...), on its device."""
         first, stride = self.rank + part * self.world, self.world * parts
-        return tuple(x[first::stride].to(self.device, non_blocking=True) for x in batch)
+        return type(batch)(*(x[first::stride].to(self.device, non_blocking=True) for x in batch))
 
     def local(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Within it gradients stay local: only the last micro-batch of a step is worth talking about."""
+        """A context in which gradients stay local; they are averaged only in the last micro-batch of a step."""
         return nullcontext() if last or self.world == 1 else model.no_sync()
 
     def agree(self, value: float) -> float:
-        """Process 0's value: clocks differ, and all must stop at the same step."""
+        """Process 0's value. Clocks differ between processes, and all must stop at the same step."""
         if self.world == 1:
             return value
         shared = torch.tensor(value, dtype=torch.float64, device=self.device)

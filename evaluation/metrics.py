@@ -1,8 +1,8 @@
-"""How good is written text? Measures that are hard to game together.
+"""Sample metrics that need no model: n-grams, entropy, distinct spans, known words, copied spans.
 
-A text that repeats itself scores well under any model but has little entropy and few distinct spans; noise has much
-entropy and few words; a copy is perfect in everything but the length of its longest span found in the training text.
-The same figures of real text are the yardstick. No measure here knows the models under test.
+No single one is enough. A text that repeats itself is likely under any model, but has a low entropy and few distinct
+spans. Noise has a high entropy and few words. A copy of the training text has one long copied span. Compare samples
+with the same figures of real text.
 """
 
 import re
@@ -13,12 +13,12 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters, apostrophes inside: "
 
 
 class NGramModel:
-    """Interpolated character n-grams of a training text, Witten-Bell smoothed: the probabilities of a table.
+    """Interpolated character n-grams of a training text with Witten-Bell smoothing.
 
         p_n(c | h) = (count(h c) + kinds(h) p_{n-1}(c | h')) / (count(h) + kinds(h))
 
-    with h the n - 1 characters before, h' all of those but the first, kinds(h) how many different characters followed h
-    and p_0 uniform (Chen & Goodman 1998, section 2.4). A context never seen leaves p_{n-1} as it is.
+    h: the n - 1 characters before; h': all of those but the first; kinds(h): how many different characters followed h;
+    p_0 is uniform (Chen & Goodman 1998, section 2.4). For an unseen context p_n = p_{n-1}.
     """
 
     def __init__(self, ids: np.ndarray, vocab_size: int, order: int = 6):
@@ -65,29 +65,25 @@ def look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> tuple[np
 
 
 def character_entropy(ids: np.ndarray) -> float:
-    """Entropy of the character frequencies, bits/char: low where a text repeats a few characters."""
+    """Entropy of the character frequencies, bits/char."""
     _, counts = np.unique(ids, return_counts=True)
     p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum())
 
 
 def distinct_share(texts: list[np.ndarray], n: int = 8) -> float:
-    """Different n-grams over all n-grams of all texts: 1 where nothing repeats. Compare equal amounts of text only."""
+    """Distinct n-grams over all n-grams of all texts. It falls with the amount of text: compare equal amounts only."""
     grams = np.concatenate([np.lib.stride_tricks.sliding_window_view(ids, n) for ids in texts if len(ids) >= n])
     return len(np.unique(grams, axis=0)) / len(grams)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower case. A window cuts words at its edges: those are left out.
+    """The words of a text, lower case, without those at its edges: a window may have cut them.
 
     >>> words("ello, o'er the wor")
     ["o'er", 'the']
     """
-    return [
-        match.group().lower()
-        for match in WORD.finditer(text)
-        if match.start() > 0 and match.end() < len(text)
-    ]
+    return [m.group().lower() for m in WORD.finditer(text) if m.start() > 0 and m.end() < len(text)]
 
 
 def real_word_share(texts: list[str], vocabulary: set[str]) -> float | None:
@@ -97,11 +93,11 @@ def real_word_share(texts: list[str], vocabulary: set[str]) -> float | None:
 
 
 def longest_copied_span(texts: list[np.ndarray], source: np.ndarray, block: int = 1 << 20) -> int:
-    """Length of the longest span of any of the texts that stands in the source word for word.
+    """Length of the longest span of any of the texts that also occurs in the source.
 
     If a span of L characters is copied then so is one of L - 1: binary search over L. The hashes of all spans of L come
-    from one running sum (a polynomial in an odd number modulo 2^64, each character a random 64-bit digit), the source's
-    a block at a time: time O(source log L), memory O(texts + block).
+    from one running sum (a polynomial in an odd number modulo 2^64, each character a random 64-bit digit). The source
+    is hashed in blocks: time O(source log L), memory O(texts + block).
     """
     largest = max(int(ids.max(initial=0)) for ids in [source, *texts])
     digits = np.random.default_rng(0).integers(1 << 63, size=largest + 1, dtype=np.uint64)

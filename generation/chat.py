@@ -1,19 +1,19 @@
-"""A conversation at the terminal, with any writer: `python generate.py --chat`."""
+"""Read prompts line by line and answer each: `python generate.py --chat`."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from console import deferred_interrupt, say
+from utils.console import deferred_interrupt, say
 
 
 def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
-    """Print what answer(prompt, turn) yields, as it comes, for every line read, until `quit` or the input's end.
+    """For every line of standard input, print it and what answer(line, turn) yields, until `quit` or the end of input.
 
-    A prompt that cannot be read gets its error line and the next turn. Ctrl-C and Ctrl-D end the conversation.
+    A ValueError that `answer` raises is shown as one line, and the next line is read. Ctrl-C and Ctrl-D end the chat.
     """
     if sys.stdin.isatty():
-        say("Enter a beginning; the model goes on. `quit` leaves.")
+        say("Enter the beginning of a text; the model continues it. `quit` ends.")
     try:
         for turn, prompt in enumerate(read_prompts()):
             try:
@@ -22,7 +22,7 @@ def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
                 say(f"error: {error}")
                 continue
             print(prompt, end="", flush=True)
-            with deferred_interrupt() as stopping:  # between two pieces: raised anywhere, an interrupt can get lost
+            with deferred_interrupt() as stopping:  # stop between two pieces: torch can lose an exception raised in it
                 for piece in pieces:
                     print(piece, end="", flush=True)
                     if stopping():
@@ -33,11 +33,11 @@ def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
 
 
 def read_prompts() -> Iterator[str]:
-    """Lines of standard input up to `quit`, empty ones left out; at a terminal with editing and history."""
+    """Lines of standard input up to `quit`, without empty ones; on a terminal with line editing and history."""
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
-        with suppress(ImportError):  # not on every system
-            import readline  # noqa: F401 (its import gives input() the arrow keys)
+        with suppress(ImportError):  # not available on every system
+            import readline  # noqa: F401 (importing it gives input() editing and history)
     while True:
         try:
             line = input("> " if at_terminal else "").strip()

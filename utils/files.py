@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, whatever stops the program."""
+"""Atomic writes."""
 
 import os
 from collections.abc import Iterator
@@ -7,10 +7,11 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file beside `path`, fsync it, rename it: `path` holds the old content or the new, never a part of it.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` to write to; afterwards the file is fsynced and renamed to `path`.
 
-    Yields the name to write to. If the block raises, nothing is left behind and `path` stays what it was.
+    `path` always holds the whole old content or the whole new one. If the block raises, `path` stays as it was and the
+    temporary file is deleted.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -1,0 +1,60 @@
+"""The command line of the benchmarks: `python -m benchmarks NAME`, from the root of the repository."""
+
+import argparse
+
+from utils.console import POSITIVE_INT, Parser, number, run_program
+
+BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption of its table
+    "training": "Pairs of trainings that differ in one flag, at equal time, each in a process of its own. "
+    "ratio: median tokens/s over that of the row below, and in brackets the smallest and the largest of one pair.",
+    "budget": "Validation loss after 40 s, 165 s and 15 minutes of a machine that makes 100 GFLOP/s on a float32 "
+    "linear layer: median over seeds. The time is scaled by the speed of this machine.",
+    "decoding": "GPT with random weights: recomputed, cached, compiled, with a sliding context, with beams. "
+    "A / B: median times, and in brackets the smallest and the largest ratio of one pair.",
+    "sampling": "Samplers of the newest LLaDA under OUT at temperature 1, and GPT. "
+    "bits/char of held-out windows, with 95 % intervals over windows. An exact figure is the likelihood of the sampler "
+    "that is timed. Random order has only an upper bound: the mean of -log p(text | order) over drawn orders (Jensen). "
+    "drawn_confidence, LLaDA's published rule, has no likelihood. Differences are paired over the same windows. A "
+    "sampler with an exact figure above the bound is worse than random order; one below it need not be better. "
+    "NFE: network evaluations for each text.",
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """NAME and its flags."""
+    parser = Parser(prog="python -m benchmarks", description="Measure training, decoding and sampling.")
+    subparsers = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, caption in BENCHMARKS.items():
+        add = subparsers.add_parser(name, help=caption.split(". ")[0], description=caption).add_argument
+        add("--quick", action="store_true", help="fewer repetitions")
+        if name in ("training", "budget"):
+            add("--data", metavar="NAME|FILE", help="as for train.py")
+        if name == "budget":
+            add("--seconds", type=number(float, above=0), nargs="+", help="default: 40 165 900, quick: 40")
+            add("--model", choices=("llada", "gpt"), nargs="+", help="default: both")
+        if name == "sampling":
+            add("--out", default="out", help="folder of the trained models (default: out)")
+            add("--windows", type=POSITIVE_INT, help="held-out windows to score (default: 64, quick: 16)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse the arguments, then import torch and measure."""
+    args = parse_args()
+    from benchmarks import decoding, sampling, timing, training
+
+    match args.name:
+        case "training":
+            rows = training.compare_trainings(args.quick, args.data)
+        case "budget":
+            rows = training.loss_by_budget(args.quick, args.data, args.seconds, args.model)
+        case "decoding":
+            rows = decoding.compare_decoders(args.quick)
+        case "sampling":
+            windows, lengths = args.windows or (16 if args.quick else 64), (128,) if args.quick else (128, 256)
+            rows = sampling.compare_samplers(args.out, windows, lengths)
+    timing.print_benchmark(BENCHMARKS[args.name], rows)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,134 @@
+"""Likelihoods of both models on the same windows: figures, paired difference, loss by position and by character.
+
+Everything is returned as plain values, ready for metrics.json. Losses are in nats/char. LLaDA's are upper bounds, GPT's
+are exact.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffusion import MIN_T, compute_llada_loss, forward_process
+from likelihood import Likelihood, Predict, likelihood_bound, pairs_needed, standard_error
+from model import Transformer
+from tokenizer import MASK_ID, SPECIAL_TOKENS
+from utils.console import track
+
+
+def batch_size(model: Transformer) -> int:
+    """Windows to evaluate at once: few on a CPU, so that they fit its caches."""
+    return 32 if model.device.type == "cpu" else 256
+
+
+def finite(interval: tuple[float, float]) -> list[float] | None:
+    """An interval as JSON can hold it. None for the infinite interval of a single window."""
+    return list(interval) if all(map(math.isfinite, interval)) else None
+
+
+def likelihood_figures(result: Likelihood, model: Transformer) -> dict:
+    """A model's entry in metrics.json. Perplexity is per character."""
+    return {
+        "nats_per_char": result.nats_per_char,
+        "ci95": finite(result.ci95),
+        "ci95_of_masks": result.mask_error if math.isfinite(result.mask_error) else None,
+        "bits_per_char": result.nats_per_char / math.log(2),
+        "perplexity": math.exp(result.nats_per_char),
+        "is_bound": result.is_bound,
+        "chars": int(result.lengths.sum()),
+        "windows": len(result.lengths),
+        "params": model.num_parameters(),
+    }
+
+
+def paired_difference(a: Likelihood, b: Likelihood) -> dict:
+    """nats/char of a minus b with its 95 % interval over the same windows.
+
+    Pairing removes how hard each window is, so the interval is narrower than those of a and b.
+    """
+    nats = a.window_nats - b.window_nats
+    mean, half = float(nats.sum() / a.lengths.sum()), 1.96 * standard_error(nats, a.lengths)
+    return {"nats_per_char": mean, "ci95": finite((mean - half, mean + half))}
+
+
+def loss_by_position(results: dict[str, Likelihood], windows: Tensor) -> dict[str, list[float]]:
+    """nats/char of each model at each of the T positions, the mean over full windows (N, T)."""
+    N, T = windows.shape
+    return {name: result.token_nats[:N, :T].mean(0).tolist() for name, result in results.items()}
+
+
+def loss_by_character(results: dict[str, Likelihood], windows: list[Tensor], characters: str) -> dict[str, dict]:
+    """For each character of the windows: its count, and nats/char of each model on it."""
+    first = len(SPECIAL_TOKENS)
+    tokens = torch.cat([part.flatten() for part in windows]).cpu()
+    counts = torch.bincount(tokens, minlength=first + len(characters))
+    entries = {c: {"count": int(n)} for c, n in zip(characters, counts[first:], strict=True) if n}
+    for name, result in results.items():
+        nats = torch.cat([row[:n] for row, n in zip(result.token_nats, result.lengths.tolist(), strict=True)])
+        means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, tokens, nats) / counts
+        for c, mean in zip(characters, means[first:].tolist(), strict=True):
+            if c in entries:
+                entries[c][name] = mean
+    return entries
+
+
+def mean_and_interval(values: Tensor, offset: float = 0.0) -> tuple[float, list[float] | None]:
+    """offset + the mean of values (n,), and its 95 % interval by Student's t; None for a single value.
+
+    >>> mean_and_interval(torch.tensor([1.0, 2.0, 3.0]), offset=1.0)[0]
+    3.0
+    """
+    n, mean = len(values), offset + float(values.mean())
+    if n < 2:
+        return mean, None
+    half = student_t(n - 1) * float(values.std()) / math.sqrt(n)
+    return mean, [mean - half, mean + half]
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: the Cornish-Fisher expansion, 1 % too low at 3 degrees of freedom.
+
+    >>> round(student_t(14), 3), round(student_t(63), 3)  # exactly 2.145 and 1.998
+    (2.145, 1.998)
+    """
+    z, f = 1.959964, freedom
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + terms[0] / f + terms[1] / f**2 + terms[2] / f**3
+
+
+# ------------------------------------------------------------------------------------------------- estimators
+@torch.inference_mode()
+def uniform_t_bound(
+    predict: Predict, windows: Tensor, mask_token_id: int, draws: int, generator: torch.Generator | None = None
+) -> float:
+    """Upper bound in nats/token by plain Monte Carlo: the training loss at `draws` independent uniform t a window.
+
+    Only for comparison with `likelihood_bound`.
+    """
+    total = 0.0
+    for _ in range(draws):
+        t = MIN_T + (1 - MIN_T) * torch.rand(len(windows), generator=generator)
+        masked, mask = forward_process(windows, t, mask_token_id, generator)
+        total += compute_llada_loss(predict(masked), windows, mask, t).item()
+    return total / draws
+
+
+def compare_estimators(model: Transformer, windows: Tensor, seed: int, repeats: int = 30) -> dict[str, dict]:
+    """Two estimators of the same bound: plain uniform-t Monte Carlo, and stratified complementary masks.
+
+    Each scores the same windows (N, T) `repeats` times with fresh masks. Returns for each its mean (nats/char) and its
+    variance over repeats times the network evaluations a window, (nats/char)^2. The choice of windows does not enter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    N, T = windows.shape
+    pairs = pairs_needed(N, T, 1)
+    plain, paired = [], []
+    for _ in track(range(repeats), "compare estimators"):
+        plain.append(uniform_t_bound(model, windows, MASK_ID, 2, generator))
+        bound = likelihood_bound(model, [windows], MASK_ID, pairs=pairs, generator=generator)
+        paired.append(bound.nats_per_char)
+    results = {}
+    for name, values, evaluations in (("plain", plain, 2), ("paired", paired, 2 * pairs + 1 / N)):
+        values = torch.tensor(values, dtype=torch.float64)
+        results[name] = {"nats_per_char": float(values.mean()), "variance": float(values.var() * evaluations)}
+    return results

@@ -1,0 +1,121 @@
+"""Unmasking schedules and policies of LLaDA: loss against the number of network evaluations (NFE).
+
+Schedules reveal positions in random order: their losses are upper bounds and follow from the masking curve c(m) alone.
+Policies are scored by teacher forcing: exact where the positions follow from what is visible, else an upper bound.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from evaluation.likelihoods import batch_size, finite, mean_and_interval
+from generation.infilling import mask_predictor
+from likelihood import Likelihood, curve_of, monotone, optimal_schedules, policy_likelihood, schedule_bound
+from model import LLaDAModel
+from tokenizer import MASK_ID
+from unmasking import SCHEDULES, UnmaskingPolicy, random_positions
+
+RESAMPLES = 200  # of the bootstrap
+
+
+# ------------------------------------------------------------------------------------------------- schedules
+def compare_schedules(bound: Likelihood) -> dict[str, list[dict]]:
+    """Upper bounds in nats/char of schedules of K = 1, 2, 4, ..., T steps with positions in random order.
+
+    Intervals are from a bootstrap over windows. `optimal` is missing if there are too few windows.
+    """
+    T = len(bound.curve) - 1
+    budgets = [2**k for k in range(T.bit_length()) if 2**k < T] + [T]
+    schedules = {name: [SCHEDULES[name](T, K) for K in budgets] for name in ("uniform", "cosine")}
+    nats = {name: [schedule_bound(bound.curve, counts) for counts in rows] for name, rows in schedules.items()}
+    optimal = best_schedules(bound, budgets)
+    if optimal is not None:
+        schedules["optimal"], nats["optimal"] = optimal
+    entries = {}
+    for name, rows in schedules.items():
+        columns = zip(budgets, rows, nats[name], bootstrap_errors(bound, rows), strict=True)
+        entries[name] = [
+            {
+                "steps": steps,
+                "nfe": sum(n > 0 for n in counts),
+                "nats_per_char": total / T,
+                "ci95": finite(((total - 1.96 * error) / T, (total + 1.96 * error) / T)),
+                "is_bound": True,
+                "counts": counts,
+            }
+            for steps, counts, total, error in columns
+        ]
+    return entries
+
+
+def best_schedules(bound: Likelihood, budgets: list[int]) -> tuple[list[list[int]], list[float]] | None:
+    """The optimal schedule of each number of steps, and its upper bound in nats/window. None with too few windows.
+
+    A schedule scored on the very c(m) that it was chosen by looks too good: it has chosen counts where c(m) was low by
+    chance. So its loss beyond that of T steps is that of schedules chosen on one half of the windows and scored on the
+    other half.
+    """
+    halves = [curve_of(*(x[first::2] for x in bound.draws)) for first in range(2)]
+    if sum(halves).isnan().any():
+        return None
+    extra = torch.zeros(len(budgets), dtype=torch.float64)
+    for chooser, scorer in (halves, halves[::-1]):
+        schedules = optimal_schedules(monotone(chooser))
+        losses = torch.tensor([schedule_bound(scorer, schedules[K - 1]) for K in budgets])
+        extra += (losses - scorer.sum()) / 2
+    chosen = optimal_schedules(monotone(bound.curve))
+    return [chosen[K - 1] for K in budgets], (bound.curve.sum() + extra).tolist()
+
+
+def bootstrap_errors(bound: Likelihood, schedules: list[list[int]]) -> list[float]:
+    """Standard errors of `schedule_bound` of each schedule in nats/window, from windows drawn with replacement.
+
+    Resamples without a mask of some count are left out. NaN for fewer than two windows.
+    """
+    generator, N = torch.Generator().manual_seed(0), len(bound.draws[0])
+    values = []
+    for _ in range(RESAMPLES if N > 1 else 0):
+        drawn = torch.randint(N, (N,), generator=generator)
+        curve = curve_of(*(x[drawn] for x in bound.draws))
+        if not curve.isnan().any():
+            values.append([schedule_bound(curve, counts) for counts in schedules])
+    return torch.tensor(values).std(0).tolist() if len(values) > 1 else [math.nan] * len(schedules)
+
+
+# ------------------------------------------------------------------------------------------------- policies
+def compare_policies(
+    model: LLaDAModel, windows: Tensor, limit: int, policies: list[UnmaskingPolicy], bound: Likelihood, seed: int
+) -> list[dict]:
+    """nats/char of each policy on at most `limit` of the windows (N, T), and its difference to policies[0].
+
+    Differences are paired over the same windows. `bound` scored all N windows: a policy's figure is that of the bound
+    plus the mean difference between the two, so that it stands for all windows. The last row is the random order with T
+    steps, of which `bound` is the upper bound.
+    """
+    (N, T), predict, size = windows.shape, mask_predictor(model), batch_size(model)
+    chosen = torch.linspace(0, N - 1, min(N, limit)).long()
+    texts, known = windows[chosen.to(windows.device)].cpu(), bound.window_nats[:N] / T
+    rows, reference = [], None
+    for policy in policies:
+        is_bound = not policy.has_exact_likelihood
+        reveal = random_positions(policy, torch.Generator().manual_seed(seed)) if is_bound else policy
+        result, nfe = policy_likelihood(predict, texts, reveal, MASK_ID, batch_size=size, is_bound=is_bound)
+        nats = result.window_nats / T
+        reference = nats if reference is None else reference
+        figure = mean_and_interval(nats - known[chosen], offset=float(known.mean()))
+        rows.append(policy_row(policy, float(nfe.double().mean()), is_bound, figure, nats - reference))
+    random, figure = UnmaskingPolicy(steps=T, order="random"), (float(known.mean()), finite(bound.ci95))
+    rows.append(policy_row(random, T, True, figure, known[chosen] - reference))
+    return rows
+
+
+def policy_row(
+    policy: UnmaskingPolicy, nfe: float, is_bound: bool, figure: tuple[float, list[float] | None], difference: Tensor
+) -> dict:
+    """A policy's entry in metrics.json. figure: nats/char and interval; difference (n,): to the reference policy."""
+    row = {"order": policy.order, "steps": policy.steps, "threshold": policy.threshold, "nfe": nfe}
+    row["nats_per_char"], row["ci95"] = figure
+    row["is_bound"], row["windows"] = is_bound, len(difference)
+    row["difference"], row["difference_ci95"] = mean_and_interval(difference)
+    return row

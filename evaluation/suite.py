@@ -1,0 +1,199 @@
+"""The evaluation: which checkpoints and text, and what is measured, in stages. The result is metrics.json."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoint import Checkpoint, find_checkpoints, load_checkpoint
+from data import Corpus, load_corpus, validation_windows
+from evaluation.counter import EvaluationCounter
+from evaluation.likelihoods import (
+    batch_size,
+    likelihood_figures,
+    loss_by_character,
+    loss_by_position,
+    paired_difference,
+)
+from evaluation.policies import compare_policies, compare_schedules
+from evaluation.samples import SampleMetrics, continue_prompts, measure_infilling, measure_samples, validation_prompts
+from evaluation.settings import QUICK, EvaluationSettings
+from likelihood import Likelihood, monotone
+from trainer import OBJECTIVES
+from unmasking import STRIDE
+from utils.console import progress, say
+
+MOST_READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
+TRAIN_PAIRS = 2  # of masks for each window of the training text
+SPANS = (1, 4, 16)  # characters to infill
+PROMPTS = 3
+
+
+# ------------------------------------------------------------------------------------------------- what is evaluated
+def select_checkpoints(paths: list[str], device: str) -> dict[str, Checkpoint]:
+    """The checkpoints by model name, LLaDA first; without paths, those under out/.
+
+    Raises ValueError if there are none, two of one model, or of different texts.
+    """
+    found = paths or find_checkpoints()
+    if not found:
+        raise ValueError("no checkpoint under out/: train one with `python train.py`, or name its file")
+    checkpoints: dict[str, Checkpoint] = {}
+    for checkpoint in (load_checkpoint(path, device) for path in found):
+        first = checkpoints.setdefault(checkpoint.model.name, checkpoint)
+        if first is not checkpoint:
+            raise ValueError(f"{first.path} and {checkpoint.path} are both {first.model.name}: give one of each")
+    first, *others = checkpoints.values()
+    for other in others:
+        if any(other.corpus[key] != first.corpus[key] for key in ("sha256", "val_fraction")):
+            texts = (
+                "{path} ({name}, SHA-256 {sha256:.8}, val fraction {val_fraction:g})".format(path=c.path, **c.corpus)
+                for c in (first, other)
+            )
+            raise ValueError(f"{' and '.join(texts)} were trained on different texts: evaluate them one at a time")
+    return {name: checkpoints[name] for name in OBJECTIVES if name in checkpoints}
+
+
+def load_same_corpus(checkpoint: Checkpoint, name: str | None) -> Corpus:
+    """The text the checkpoint was trained on. Raises ValueError if the text found is a different one."""
+    corpus = load_corpus(name or checkpoint.corpus["name"])
+    if corpus.sha256 != checkpoint.corpus["sha256"]:
+        raise ValueError(
+            f"{corpus.name} is not the text {checkpoint.path} was trained on (SHA-256 {corpus.sha256[:8]}, not "
+            f"{checkpoint.corpus['sha256'][:8]}): restore it, or name the file that holds it with --data"
+        )
+    return corpus
+
+
+def describe_training(checkpoint: Checkpoint) -> dict:
+    """How a model was trained up to this checkpoint."""
+    last = checkpoint.history[-1] if checkpoint.history else {}
+    return {
+        "path": str(checkpoint.path),
+        "step": checkpoint.step,
+        "tokens": last.get("tokens"),
+        "seconds": last.get("seconds"),
+        "temperature": last.get("temperature"),
+        "settings": checkpoint.training.get("config", {}),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the evaluation
+class Stage(NamedTuple):
+    """A part of the evaluation. `windows`: about how many windows the networks read in it, to show progress."""
+
+    name: str
+    measure: Callable[[], dict]
+    windows: int
+
+
+class Evaluation:
+    """The models on their text. Each method measures one thing and returns its entries of metrics.json."""
+
+    def __init__(self, checkpoints: dict[str, Checkpoint], corpus: Corpus, settings: EvaluationSettings, seed: int):
+        first = next(iter(checkpoints.values()))
+        self.checkpoints, self.corpus, self.settings, self.seed = checkpoints, corpus, settings, seed
+        self.models = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
+        self.llada, self.tokenizer, self.device = self.models.get("llada"), first.tokenizer, first.model.device
+        self.T = min(model.config.block_size for model in self.models.values())
+        self.train, self.val = corpus.split(first.corpus["val_fraction"])
+        self.windows = self.spaced_windows(self.val, settings.windows)
+        self.train_windows = self.spaced_windows(self.train, settings.train_windows)
+        self.results: dict[str, Likelihood] = {}
+
+    def spaced_windows(self, ids: Tensor, limit: int) -> list[Tensor]:
+        """At most `limit` windows, evenly spaced; if the text has no more, all of them and the short last one."""
+        return [part.to(self.device) for part in validation_windows(ids, self.T, self.tokenizer, limit * self.T)]
+
+    def some_windows(self, limit: int) -> Tensor:
+        """At most `limit` of the full validation windows, evenly spaced: (N, T)."""
+        N = len(self.windows[0])
+        return self.windows[0][torch.linspace(0, N - 1, min(limit, N)).long()]
+
+    def score(self, windows: list[Tensor], pairs: int) -> dict[str, Likelihood]:
+        """The likelihood of the same windows under each model."""
+        settings = {"pairs": pairs, "batch_size": batch_size(next(iter(self.models.values()))), "seed": self.seed}
+        return {name: OBJECTIVES[name].likelihood(m, windows, **settings) for name, m in self.models.items()}
+
+    def likelihood(self) -> dict:
+        """Figures of the validation text, the masking curve, loss by position and by character."""
+        self.results = self.score(self.windows, self.settings.pairs)
+        entries = {"models": {name: likelihood_figures(r, self.models[name]) for name, r in self.results.items()}}
+        if len(self.results) == 2:
+            entries["difference"] = paired_difference(self.results["llada"], self.results["gpt"])
+        if self.llada is not None:
+            curve = self.results["llada"].curve
+            entries["masking_curve"], entries["masking_curve_fit"] = curve[1:].tolist(), monotone(curve)[1:].tolist()
+        entries["positions"] = loss_by_position(self.results, self.windows[0])
+        entries["characters"] = loss_by_character(self.results, self.windows, self.tokenizer.characters)
+        return entries
+
+    def training_text(self) -> dict:
+        """The same figures on windows of the training text, to see overfitting."""
+        results = self.score(self.train_windows, TRAIN_PAIRS)
+        return {"training_text": {name: likelihood_figures(r, self.models[name]) for name, r in results.items()}}
+
+    def policies(self) -> dict:
+        """LLaDA's loss against network evaluations, by schedule and by policy."""
+        if self.llada is None:
+            return {}
+        bound, policies, limit = self.results["llada"], self.settings.policies(self.T), self.settings.policy_windows
+        rows = compare_policies(self.llada, self.windows[0], limit, policies, bound, self.seed)
+        return {"schedules": compare_schedules(bound), "policies": rows}
+
+    def sample_metrics(self) -> dict:
+        """Metrics of samples, and of as much validation text."""
+        settings = self.settings
+        texts = [self.tokenizer.decode(row.cpu()) for row in self.some_windows(settings.samples)]
+        metrics = SampleMetrics(self.models, self.tokenizer, self.train, MOST_READ)
+        kinds = settings.sample_kinds(self.T)
+        rows = measure_samples(metrics, texts, self.T, settings.samples, settings.temperatures, kinds, self.seed)
+        return {"sample_metrics": rows, "words_from": min(MOST_READ, len(self.train))}
+
+    def samples(self) -> dict:
+        """Continuations of lines of the validation text."""
+        text = self.tokenizer.decode(self.val[:MOST_READ].numpy())
+        prompts = validation_prompts(text, PROMPTS, max(1, self.T // 4))
+        return {"samples": continue_prompts(self.models, self.tokenizer, prompts, self.T, self.seed)}
+
+    def infilling(self) -> dict:
+        """Accuracy on spans of the validation text."""
+        windows = self.some_windows(self.settings.infillings)
+        return {"infilling": measure_infilling(self.models, windows, [span for span in SPANS if span < self.T])}
+
+    def stages(self) -> list[Stage]:
+        """All stages, in order."""
+        settings, T, n = self.settings, self.T, len(self.models)
+        full, train = len(self.windows[0]), len(self.train_windows[0])
+        policy_steps = sum(policy.steps for policy in settings.policies(T))
+        sample_steps = sum(kind["steps"] + STRIDE + n for kind in settings.sample_kinds(T)) + 2 * n
+        return [
+            Stage("likelihood", self.likelihood, full * (2 * settings.pairs + n)),
+            Stage("training text", self.training_text, train * (2 * TRAIN_PAIRS + n)),
+            Stage("policies", self.policies, policy_steps * min(settings.policy_windows, full)),
+            Stage("sample metrics", self.sample_metrics, settings.samples * sample_steps * len(settings.temperatures)),
+            Stage("samples", self.samples, PROMPTS * (T + STRIDE)),
+            Stage("infilling", self.infilling, settings.infillings * (sum(SPANS) + n)),
+        ]
+
+    def run(self) -> dict:
+        """The contents of metrics.json. Each stage shows its progress, and afterwards a line with its time."""
+        metrics = {
+            "corpus": self.checkpoints[next(iter(self.models))].corpus | {"characters": len(self.corpus.ids)},
+            "window": self.T,
+            "quick": self.settings is QUICK,
+            "history": {name: checkpoint.history for name, checkpoint in self.checkpoints.items()},
+            "training": {name: describe_training(checkpoint) for name, checkpoint in self.checkpoints.items()},
+        }
+        began = time.monotonic()
+        for stage in self.stages():
+            start = time.monotonic()
+            with (
+                progress(stage.windows * self.T, stage.name) as update,
+                EvaluationCounter(*self.models.values(), update=update),
+            ):
+                metrics |= stage.measure()
+            say(f"{stage.name}: {time.monotonic() - start:.0f} s")
+        return metrics | {"seconds": time.monotonic() - began}

@@ -1,0 +1,215 @@
+"""LLaDA fills the [MASK]s of texts of any length: prompts, suffixes and infilling templates are one thing to it.
+
+"ROMEO: [MASK*12] love [MASK*20]" asks for 32 characters. Texts up to block_size characters are one window; longer ones
+are filled window by window, each beginning `slide` characters after the one before. By default a window costs 16
+network evaluations, so a text costs 16 for each window that slides over it.
+
+Letters: B texts, T characters.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from logits import row_generators
+from model import LLaDAModel
+from sampler import SamplingConfig, Step, left_padding, reverse_process
+from tokenizer import END_ID, MASK_ID, NEVER_WRITTEN, PAD_ID, SimpleTokenizer
+from unmasking import RULES
+from utils.errors import ArgumentError, check_number
+
+MASK_PATTERN = re.compile(r"\[MASK(?:\*(\d{1,7}))?\]")  # a run of fewer than ten million characters
+
+
+# ------------------------------------------------------------------------------------------------- templates
+def parse_template(template: str, tokenizer: SimpleTokenizer) -> Tensor:
+    """Text with [MASK] (one character) and [MASK*n] (n characters) -> (T,) ids.
+
+    >>> parse_template("ab[MASK*2]", SimpleTokenizer("ab"))
+    tensor([4, 5, 1, 1])
+
+    Raises ValueError for characters the tokenizer does not know.
+    """
+    parts, end = [], 0
+    for match in MASK_PATTERN.finditer(template):
+        parts.append(encode(template[end : match.start()], tokenizer))
+        parts.append(torch.full((int(match[1] or 1),), MASK_ID))
+        end = match.end()
+    return torch.cat([*parts, encode(template[end:], tokenizer)])
+
+
+def prompt_template(prompt: str, max_out_tokens: int, tokenizer: SimpleTokenizer) -> Tensor:
+    """A prompt, taken literally, and `max_out_tokens` masks after it: (T,) ids. Raises ValueError as `encode` does."""
+    check_number("max_out_tokens", max_out_tokens, low=0)
+    return F.pad(encode(prompt, tokenizer), (0, max_out_tokens), value=MASK_ID)
+
+
+def encode(text: str, tokenizer: SimpleTokenizer) -> Tensor:
+    """(len(text),) int64 ids. Raises ValueError for unknown characters."""
+    return torch.from_numpy(tokenizer.encode(text).astype("int64"))
+
+
+# ------------------------------------------------------------------------------------------------- model, settings
+def mask_predictor(model: LLaDAModel) -> Callable[[Tensor], Tensor]:
+    """predict(tokens) for `reverse_process`: tokens (B, T) on any device -> logits (B, T, V) on the CPU.
+
+    The [PAD]s that a row begins with are hidden from the network. [END] has logit -inf: a template asks for an exact
+    number of characters. Tokens are drawn on the CPU in float64, which some devices do not have. Raises ValueError for
+    a causal model.
+    """
+    if model.causal:
+        raise ValueError(f"filling masks needs a LLaDA model, and this is a {model.name} model")
+
+    def predict(tokens: Tensor) -> Tensor:
+        pad = torch.tensor(left_padding(tokens, PAD_ID), device=model.device)  # (B,)
+        logits = model(tokens.to(model.device), pad=pad if pad.any() else None).cpu()
+        logits[..., END_ID] = -torch.inf
+        return logits
+
+    return predict
+
+
+def text_sampling(**settings) -> SamplingConfig:
+    """SamplingConfig with this project's defaults for text: temperature 1 and the sweep.
+
+    With a schedule, an adaptive rule or remasking, none of which goes with the sweep, the default order is
+    "confidence". None means "not given". Raises TypeError for unknown settings and ArgumentError for bad values.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    order = "confidence" if {"schedule", "remask", *RULES} & given.keys() else "sweep"
+    return SamplingConfig(**{"temperature": 1.0, "order": order, **given})
+
+
+# ------------------------------------------------------------------------------------------------- sliding windows
+@dataclass
+class GenerationState:
+    """The texts after a step. `texts` are changed in place by later steps: copy what is to be kept."""
+
+    texts: list[Tensor]  # B of (T,), lengths may differ
+    step: Step  # the sampler's latest step, of the windows that are being filled
+    rows: list[int]  # which text each of those windows belongs to
+    starts: list[int]  # and where in the text it begins
+    nfe: int  # calls of the network so far, all windows together
+    evaluations: Tensor  # (B,) rows the network has computed for each text; guidance counts twice a step
+
+
+def window_starts(length: int, block_size: int, slide: int) -> list[int]:
+    """Where the windows over a text begin: every `slide` characters, the last one at its end.
+
+    >>> window_starts(10, block_size=10, slide=3), window_starts(15, block_size=10, slide=3)
+    ([0], [0, 3, 5])
+    """
+    last = max(0, length - block_size)
+    return [*range(0, last, slide), last]
+
+
+def fill_masks(
+    model: LLaDAModel,
+    templates: Sequence[Tensor],
+    config: SamplingConfig | None = None,
+    *,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Iterator[GenerationState]:
+    """Fill the [MASK]s of B templates, (T,) ids each, of any lengths; yield the state after every step.
+
+    config: see `text_sampling`, whose defaults are used for None; its steps, schedule and block_length are those of one
+    window. A window holds block_size characters; when it is filled, the next begins config.slide characters further
+    (default: half of block_size). A text does not depend on its batch; `generator`: see `logits.row_generators`.
+    Raises ArgumentError or ValueError at the call, before anything is written: also for settings that fit the first
+    window of a text and not a later one.
+    """
+    config = config or text_sampling()
+    block_size = model.config.block_size
+    slide = max(1, block_size // 2) if config.slide is None else config.slide
+    if not 1 <= slide <= block_size:
+        raise ArgumentError("slide", f"must be in 1..{block_size} (block_size), got {slide}")
+    if not len(templates) or not all(len(template) for template in templates):
+        raise ValueError("there is nothing to write: a text needs at least one character or [MASK]")
+    predict = mask_predictor(model)
+    texts = [template.to("cpu", copy=True) for template in templates]
+    starts_of = [window_starts(len(text), block_size, slide) for text in texts]
+    for text, starts in zip(texts, starts_of, strict=True):
+        check_windows(config, text == MASK_ID, starts, block_size)
+    generators = row_generators(generator, pad_left(texts), PAD_ID)
+    return filling_loop(predict, texts, starts_of, generators, block_size, config)
+
+
+def check_windows(config: SamplingConfig, masked: Tensor, starts: list[int], block_size: int) -> None:
+    """Raise ArgumentError unless the policy fits every window of a text with masked (T,).
+
+    What each window will have to fill is known in advance: the masks that the windows before it do not reach.
+    """
+    patterns, filled = set(), 0
+    for start in starts:
+        window = masked[start : start + block_size].clone()
+        window[: max(0, filled - start)] = False
+        filled = start + block_size
+        if window.numpy().tobytes() not in patterns:  # most windows of a long text look the same
+            patterns.add(window.numpy().tobytes())
+            config.plan(window)
+
+
+def filling_loop(
+    predict: Callable[[Tensor], Tensor],
+    texts: list[Tensor],
+    starts_of: list[list[int]],
+    generators: list[torch.Generator],
+    block_size: int,
+    config: SamplingConfig,
+) -> Iterator[GenerationState]:
+    """The loop of `fill_masks`: the k-th windows of all texts that have one are a batch."""
+    nfe, evaluations = 0, torch.zeros(len(texts), dtype=torch.long)
+    for k in range(max(map(len, starts_of))):
+        rows = [b for b in range(len(texts)) if k < len(starts_of[b])]
+        starts = [starts_of[b][k] for b in rows]
+        windows = [texts[b][start : start + block_size] for b, start in zip(rows, starts, strict=True)]  # views
+        nfe_before, evaluations_before = nfe, evaluations[rows]
+        for step in reverse_process(
+            predict,
+            pad_left(windows),
+            MASK_ID,
+            config,
+            never=NEVER_WRITTEN,
+            pad_token_id=PAD_ID,
+            generator=[generators[b] for b in rows],
+        ):
+            for window, tokens in zip(windows, step.tokens, strict=True):
+                window.copy_(tokens[len(tokens) - len(window) :])
+            nfe, evaluations[rows] = nfe_before + step.nfe, evaluations_before + step.evaluations
+            yield GenerationState(texts, step, rows, starts, nfe, evaluations.clone())
+
+
+def pad_left(texts: Sequence[Tensor]) -> Tensor:
+    """B of (T,) -> (B, longest T), [PAD] to the left."""
+    longest = max(map(len, texts))
+    return torch.stack([F.pad(text, (longest - len(text), 0), value=PAD_ID) for text in texts])
+
+
+# ------------------------------------------------------------------------------------------------- finished text
+def completed_pieces(
+    states: Iterator[GenerationState], tokenizer: SimpleTokenizer, shown: list[int], at_end: bool
+) -> Iterator[list[str]]:
+    """Yield the next piece of each text once it has no mask left of its end, "" where there is none yet.
+
+    shown[b]: characters of text b not to yield, the prompt's. at_end: yield one piece when all is written, because
+    remasking may change any character before.
+    """
+    texts: list[Tensor] = []
+    for state in states:
+        texts = state.texts
+        if not at_end:
+            ends = [first_mask(text, start) for text, start in zip(texts, shown, strict=True)]
+            yield [tokenizer.decode(text[a:b]) for text, a, b in zip(texts, shown, ends, strict=True)]
+            shown = ends
+    if at_end:
+        yield [tokenizer.decode(text[start:]) for text, start in zip(texts, shown, strict=True)]
+
+
+def first_mask(text: Tensor, start: int) -> int:
+    """Position of the first [MASK] of text (T,) from `start` on; T if there is none."""
+    masks = (text[start:] == MASK_ID).nonzero()
+    return start + int(masks[0]) if len(masks) else len(text)

@@ -1,0 +1,227 @@
+"""Text in, text out, with either model: functions, and `GeneratorTransformer` for a trained model.
+
+The arguments have the same names everywhere:
+    max_out_tokens: characters to write after each prompt, at most.
+    seed: the same seed gives the same text.
+    stop: a string, or several: GPT ends a text after the first of them, which stays part of it.
+    settings: fields of autoregressive.DecodingConfig (GPT) or sampler.SamplingConfig (LLaDA): temperature, top_k,
+        top_p, repetition_penalty, slide; GPT also context_len; LLaDA also steps, order, schedule, block_length, ...
+    config: such an object; settings replace its fields.
+A setting that the model does not have raises TypeError. Bad values raise ArgumentError, unknown characters ValueError
+(an ArgumentError is one), at the call and before anything is written.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoregressive import DecodingConfig, SlidingContext, beam_search, decode
+from checkpoint import load_checkpoint
+from generation.infilling import (
+    completed_pieces,
+    encode,
+    fill_masks,
+    mask_predictor,
+    parse_template,
+    prompt_template,
+    text_sampling,
+)
+from model import Transformer
+from sampler import SamplingConfig
+from tokenizer import MASK_ID, START_ID, SimpleTokenizer
+from utils.errors import ArgumentError, check_number
+
+MAX_OUT_TOKENS = 200  # default
+Config = SamplingConfig | DecodingConfig
+
+
+# ------------------------------------------------------------------------------------------------- functions
+def generate_text(model: Transformer, tokenizer: SimpleTokenizer, prompt: str = "", config=None, **arguments) -> str:
+    """The prompt and what the model writes after it.
+
+    arguments: max_out_tokens, seed, stop and settings, see the top of this module.
+    """
+    return generate_texts(model, tokenizer, [prompt], config, **arguments)[0]
+
+
+def generate_texts(
+    model: Transformer, tokenizer: SimpleTokenizer, prompts: Sequence[str], config: Config | None = None, **arguments
+) -> list[str]:
+    """Each prompt, of any length, with what the model writes after it, as one batch.
+
+    A text depends on its prompt, the seed and how many equal prompts stand before it, not on the rest of the batch.
+    arguments: max_out_tokens, seed, stop and settings, see the top of this module.
+    """
+    texts = list(prompts)
+    for pieces in stream_texts(model, tokenizer, prompts, config, **arguments):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    return texts
+
+
+def stream_texts(
+    model: Transformer,
+    tokenizer: SimpleTokenizer,
+    prompts: Sequence[str],
+    config: Config | None = None,
+    *,
+    max_out_tokens: int = MAX_OUT_TOKENS,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    **settings,
+) -> Iterator[list[str]]:
+    """Yield the next piece of each text as it is written, without the prompts; "" where there is none.
+
+    GPT's pieces are single characters. LLaDA's are whatever has become complete from the left; with remasking, one
+    piece at the end. Arguments: see the top of this module.
+    """
+    config = config_for(model, config, settings)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if "" in stops:
+        raise ArgumentError("stop", "must not be an empty string")
+    generator = torch.Generator().manual_seed(seed)
+    if not model.causal:
+        if stops:
+            raise ArgumentError("stop", "needs a GPT model: LLaDA does not write from left to right")
+        templates = [prompt_template(prompt, max_out_tokens, tokenizer) for prompt in prompts]
+        states = fill_masks(model, templates, config, generator=generator)
+        return completed_pieces(states, tokenizer, list(map(len, prompts)), at_end=config.remask is not None)
+    columns = decode(
+        model,
+        [prompt_ids(tokenizer, prompt) for prompt in prompts],
+        config,
+        max_out_tokens=max_out_tokens,
+        generator=generator,
+        stop=partial(ends_in, stops, tokenizer) if stops else None,
+    )
+    return ([tokenizer.decode([token]) for token in column.tolist()] for column in columns)
+
+
+def infill(
+    model: Transformer,
+    tokenizer: SimpleTokenizer,
+    template: str | Sequence[str],
+    config: SamplingConfig | None = None,
+    *,
+    seed: int = 0,
+    **settings,
+) -> str | list[str]:
+    """Fill the masks of a template, or of several at once, with a LLaDA model. Raises ValueError for a GPT model.
+
+    "ROMEO: [MASK*12] love [MASK*20]" -> a text of that length, whose other characters stay. The template decides how
+    long the text is; other arguments: see the top of this module.
+    """
+    if model.causal:
+        raise ValueError("infilling needs a LLaDA model: GPT writes from left to right only")
+    templates = [template] if isinstance(template, str) else template
+    ids = [parse_template(text, tokenizer) for text in templates]
+    generator = torch.Generator().manual_seed(seed)
+    *_, state = fill_masks(model, ids, config_for(model, config, settings), generator=generator)
+    texts = [tokenizer.decode(text) for text in state.texts]
+    return texts[0] if isinstance(template, str) else texts
+
+
+def config_for(model: Transformer, config: Config | None, settings: dict) -> Config:
+    """The settings of one call: `config`, or the defaults of this kind of model, with `settings` replaced."""
+    names = [field.name for field in fields(DecodingConfig if model.causal else SamplingConfig)]
+    for name in settings:
+        if name not in names:
+            raise TypeError(f"{name!r} is not a setting of a {model.name} model; its settings are {', '.join(names)}")
+    if config is not None:
+        return replace(config, **settings)
+    return DecodingConfig(**settings) if model.causal else text_sampling(**settings)
+
+
+def prompt_ids(tokenizer: SimpleTokenizer, prompt: str) -> Tensor:
+    """(1 + len(prompt),) ids for GPT: [START] opens every text. Raises ValueError for unknown characters."""
+    return torch.cat([torch.tensor([START_ID]), encode(prompt, tokenizer)])
+
+
+def ends_in(strings: Sequence[str], tokenizer: SimpleTokenizer, written: list[int]) -> bool:
+    """Whether the newest of the written ids completes one of the strings."""
+    tail = tokenizer.decode(written[-max(map(len, strings)) :])  # every id is one character at least
+    return any(string in tail for string in strings)
+
+
+# ------------------------------------------------------------------------------------------------- a trained model
+class GeneratorTransformer:
+    """A trained model of either kind and its tokenizer. Prompts and results are text."""
+
+    def __init__(self, model: Transformer, tokenizer: SimpleTokenizer):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def load_from_checkpoint(cls, path: str | Path, device: str = "cpu") -> "GeneratorTransformer":
+        """The model of a checkpoint that train.py wrote. Raises ValueError for another file or an unknown device."""
+        checkpoint = load_checkpoint(path, device)
+        return cls(checkpoint.model, checkpoint.tokenizer)
+
+    def generate(
+        self,
+        prompt: str = "",
+        context_len: int | None = None,
+        temperature: float = 1.0,
+        max_out_tokens: int = MAX_OUT_TOKENS,
+        **arguments,
+    ) -> str:
+        """The prompt and what the model writes after it, at most `max_out_tokens` characters.
+
+        context_len (GPT): characters it sees (None: block_size). temperature 0 takes the likeliest token.
+        arguments: seed, stop and further settings, see the top of this module.
+        """
+        if context_len is not None:  # LLaDA has no such setting
+            arguments["context_len"] = context_len
+        arguments |= {"temperature": temperature, "max_out_tokens": max_out_tokens}
+        return generate_text(self.model, self.tokenizer, prompt, **arguments)
+
+    def stream(self, prompt: str = "", **arguments) -> Iterator[str]:
+        """What `generate` writes after the prompt, piece by piece; its other arguments by name."""
+        return (piece for [piece] in stream_texts(self.model, self.tokenizer, [prompt], **arguments))
+
+    def infill(self, template: str | Sequence[str], *, seed: int = 0, **settings) -> str | list[str]:
+        """LLaDA: a template, or several, with its masks filled: "ROMEO: [MASK*12] love [MASK*20]". See `infill`."""
+        return infill(self.model, self.tokenizer, template, seed=seed, **settings)
+
+    def beam_search(
+        self, prompt: str = "", num_beams: int = 5, max_out_tokens: int = MAX_OUT_TOKENS, **settings
+    ) -> list[tuple[str, float]]:
+        """GPT: the likeliest texts that `num_beams` beams find, as (text, score) pairs, best first.
+
+        Texts include the prompt. settings: fields of autoregressive.BeamConfig, such as length_penalty, early_stopping
+        and num_return. Raises ArgumentError for bad values and ValueError for a LLaDA model.
+        """
+        ids = prompt_ids(self.tokenizer, prompt)
+        found = beam_search(self.model, ids, num_beams=num_beams, max_out_tokens=max_out_tokens, **settings)
+        return [(self.tokenizer.decode(ids.cpu()), score) for ids, score in found]
+
+    @torch.inference_mode()
+    def next_tokens(self, prompt: str = "", k: int = 10, context_len: int | None = None) -> list[tuple[str, float]]:
+        """The k likeliest next tokens with their probabilities, likeliest first; of LLaDA, for a [MASK] at the end."""
+        if not self.model.causal:
+            return self.tokens_at_masks(prompt + "[MASK]", k)[-1][1]
+        context = SlidingContext(self.model, [prompt_ids(self.tokenizer, prompt)], 0, context_len)
+        return self.likeliest(context.next_logits()[0], k)
+
+    @torch.inference_mode()
+    def tokens_at_masks(self, template: str, k: int = 10) -> list[tuple[int, list[tuple[str, float]]]]:
+        """LLaDA: every [MASK]'s position in the template, and its k likeliest tokens given all that is visible.
+
+        Of a template longer than block_size, the block_size characters around each [MASK] are used.
+        """
+        ids = parse_template(template, self.tokenizer)
+        size, tables, predict = self.model.config.block_size, [], mask_predictor(self.model)
+        for position in (ids == MASK_ID).nonzero()[:, 0].tolist():
+            start = max(0, min(position - size // 2, len(ids) - size))
+            logits = predict(ids[None, start : start + size])[0, position - start]
+            tables.append((position, self.likeliest(logits, k)))
+        return tables
+
+    def likeliest(self, logits: Tensor, k: int) -> list[tuple[str, float]]:
+        """logits (V,) -> the k likeliest tokens with their probabilities, likeliest first."""
+        check_number("k", k, low=1)
+        best = logits.double().softmax(-1).topk(min(k, int((logits > -torch.inf).sum())))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(self.tokenizer.id_to_char[i], p) for i, p in pairs]

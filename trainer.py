@@ -1,0 +1,436 @@
+"""A training run: configuration, state, loop, exact resume, calibration, checkpoints and the final score.
+
+Everything random in a step is drawn on the CPU for the whole global batch and then shared out. So one process, several
+processes and accumulated micro-batches see the same numbers, and a resumed run equals an uninterrupted one.
+
+Letters: B windows in a global batch, T positions.
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autoregressive import CausalObjective
+from checkpoint import Checkpoint, copy_checkpoint, save_checkpoint
+from data import Corpus, ShakespeareDataset, load_corpus, validation_windows
+from diffusion import DiffusionObjective
+from likelihood import Likelihood, pairs_needed
+from model import MODELS, ModelConfig
+from optim import build_optimizers, learning_rate_factor, set_learning_rate
+from tokenizer import SPECIAL_TOKENS
+from utils.console import progress, say
+from utils.errors import ArgumentError, check_number
+from utils.files import atomic_write
+from utils.processes import Processes
+
+OBJECTIVES = {"llada": DiffusionObjective(), "gpt": CausalObjective()}
+OPTIMIZERS = ("muon", "adamw")
+SHORT_PARTS = 2  # into how many a window is cut while windows are short
+VALIDATIONS = 10  # in a run, unless eval_every says otherwise
+VALIDATION_CHARS = 1 << 14  # scored at each validation: evenly spaced windows, the same every time
+FINAL_CHARS = 1 << 18  # scored at the end: the whole validation part of TinyShakespeare
+FINAL_PAIRS = 2  # pairs of masks for each of these windows (LLaDA)
+NEWTON_STEPS = 6  # of the fit of a temperature
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run is made of. Raises ArgumentError for values out of range."""
+
+    model: str = "llada"  # or "gpt"
+    data: str | None = None  # corpus, see `data.load_corpus`
+    val_fraction: float = 0.2  # of the text
+    # The network, see `ModelConfig`.
+    arch: str = "rotary"
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 256
+    dropout: float = 0.0
+    ngram_dropout: float = 0.0
+    ngram_rows: int = 65521
+    # Optimization.
+    batch_size: int = 16  # windows in a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches in a step
+    optimizer: str = "muon"  # of the blocks' matrices
+    lr: float = 0.006  # AdamW's peak; those of Muon and of the embeddings are proportional to it
+    ngram_lr: float = 0.15  # the n-gram tables' peak, per token: a row moves by this times each token's gradient
+    weight_decay: float = 0.0  # of the blocks' matrices
+    short_share: float = 0.0  # for this share of the run windows are cut into SHORT_PARTS: attention costs less
+    calibration: float = 0.0  # share of the training text that is held out to fit a temperature on at the end
+    # Length: either a number of steps or minutes of time.
+    steps: int | None = None
+    minutes: float | None = None
+    eval_every: int | None = None  # steps between validations; None: VALIDATIONS in a run
+    seed: int = 0
+    compile: bool = False  # torch.compile the encoder
+
+    def __post_init__(self):
+        if self.model not in MODELS:
+            raise ArgumentError("model", f"must be one of {', '.join(MODELS)}, got {self.model!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ArgumentError("optimizer", f"must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        check_number("val_fraction", self.val_fraction, above=0, below=1)
+        check_number("calibration", self.calibration, low=0, below=1)
+        check_number("short_share", self.short_share, low=0, high=1)
+        for name in ("weight_decay", "seed"):
+            check_number(name, getattr(self, name), low=0)
+        for name in ("batch_size", "accumulate", "lr", "ngram_lr", "steps", "minutes", "eval_every"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
+        if (self.steps is None) == (self.minutes is None):
+            raise ArgumentError("steps", "or minutes must be given, and not both")
+        self.model_config(vocab_size=len(SPECIAL_TOKENS) + 1)  # raises for impossible sizes
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The network's part."""
+        return ModelConfig(
+            vocab_size, self.block_size, self.n_embd, self.n_head, self.n_layer, self.dropout, self.arch,
+            ngram_dropout=self.ngram_dropout, ngram_rows=self.ngram_rows,
+        )  # fmt: skip
+
+    to_dict = asdict
+
+
+class Trainer:
+    """A run's whole state and its loop. `checkpoint` and `resume` turn it into a file and back, bit for bit.
+
+    `step` steps and `flops` FLOPs are done; `history` holds one dict for each validation (the lines of metrics.jsonl);
+    `losses` are those of the steps since the last validation, nats/token, on the device.
+    """
+
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, processes: Processes, clock: Callable[[], float] | None = None
+    ):
+        """A new run. clock() gives the seconds of this session, by default from now on.
+
+        Raises ArgumentError for a batch that cannot be shared out or a text that is too short.
+        """
+        start = time.monotonic()
+        self.clock = clock or (lambda: time.monotonic() - start)
+        self.config, self.corpus, self.processes = config, corpus, processes
+        self.objective = OBJECTIVES[config.model]
+        self.step, self.flops, self.seconds_before = 0, 0.0, 0.0
+        self.history: list[dict] = []
+        self.losses: list[Tensor] = []
+        micro_batches = processes.world * config.accumulate
+        if config.batch_size % micro_batches:
+            raise ArgumentError("batch_size", f"{config.batch_size} is not a multiple of {micro_batches} micro-batches")
+        self._split_corpus()
+        torch.manual_seed(config.seed)  # initial weights and dropout
+        self.model = MODELS[config.model](config.model_config(corpus.tokenizer.vocab_size)).to(processes.device)
+        self.generator = torch.Generator().manual_seed(config.seed)  # windows and masks
+        for module in self.model.modules():
+            if isinstance(module, nn.EmbeddingBag):  # a step touches few rows, but GPUs and compilers need dense rows
+                module.sparse = processes.device.type == "cpu" and not config.compile
+        self.optimizers = build_optimizers(
+            self.model, self.tokens_per_step, config.lr, config.ngram_lr, config.weight_decay, config.optimizer
+        )
+        if config.compile:
+            self.model.encoder.compile()
+        self.replica = processes.replicate(self.model)  # its gradients are averaged over the processes
+
+    def _split_corpus(self) -> None:
+        """Set the text to train on and the windows to calibrate and to validate on."""
+        config, T, tokenizer = self.config, self.config.block_size, self.corpus.tokenizer
+        self.corpus.check_windows(config.val_fraction, T)
+        train_ids, self.val_ids = self.corpus.split(config.val_fraction)
+        held_out = int(config.calibration * len(train_ids))
+        held_out = held_out if held_out >= T else 0  # less than one window is too little
+        if len(train_ids) - held_out < T:
+            problem = f"{config.calibration} leaves {len(train_ids) - held_out} characters to train on, too few for "
+            raise ArgumentError("calibration", f"{problem}one window of {T}: hold out less, or use a longer text")
+        # Hold out the beginning of the text. Its end is from the same play as the validation part and shares its names,
+        # so it is worth most for training.
+        calibration_ids, train_ids = train_ids.split([held_out, len(train_ids) - held_out])
+        self.train_set = ShakespeareDataset(train_ids, tokenizer, T)
+        self.val_windows = validation_windows(self.val_ids, T, tokenizer, VALIDATION_CHARS)[0]
+        self.calibration_windows = None
+        if held_out:
+            self.calibration_windows = validation_windows(calibration_ids, T, tokenizer, VALIDATION_CHARS)[0]
+
+    # --------------------------------------------------------------------------------------------- quantities
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a global batch."""
+        return self.config.batch_size * self.config.block_size
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on this run, in this session and in earlier ones."""
+        return self.seconds_before + self.clock()
+
+    def done(self) -> float:
+        """Share of the run that is over, 0..1, by steps or by time; the same in all processes."""
+        if self.config.steps is not None:
+            return self.step / self.config.steps
+        return self.processes.agree(min(1.0, self.seconds / (60 * self.config.minutes)))
+
+    def status(self) -> str:
+        """One line for a progress display. It waits for the device to finish the step."""
+        speed = self.step * self.tokens_per_step / self.seconds
+        return f"step {self.step}  loss {self.losses[-1]:.3f}  {speed:,.0f} tokens/s"
+
+    # --------------------------------------------------------------------------------------------- the loop
+    def train(
+        self,
+        on_validation: Callable[[dict], None] = lambda record: None,
+        update: Callable[[float, Callable[[], str]], None] = lambda done, status: None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float]:
+        """Train to the end of the run, or until stopping() after a step.
+
+        Returns tokens_per_second and flops_per_second of this call. on_validation(record) is called for each new
+        record of the history, update(done, status) after each step.
+        """
+        step, flops, began = self.step, self.flops, self.clock()
+        eval_every = self.config.eval_every or (self.config.steps and max(1, self.config.steps // VALIDATIONS))
+        done = self.done()
+        next_validation = done + 1 / VALIDATIONS
+        self.model.train()
+        while done < 1 and not self.processes.agree(stopping()):
+            set_learning_rate(self.optimizers, learning_rate_factor(done))
+            self.losses.append(self.train_step(done))
+            self.step += 1
+            done = self.done()
+            update(done, self.status)
+            if done >= 1 or (self.step % eval_every == 0 if eval_every else done >= next_validation):
+                next_validation += 1 / VALIDATIONS
+                self.history.append(self.validation_record(is_last=done >= 1))
+                on_validation(self.history[-1])
+        seconds = self.clock() - began
+        return {
+            "tokens_per_second": (self.step - step) * self.tokens_per_step / seconds,
+            "flops_per_second": (self.flops - flops) / seconds,
+        }
+
+    def sample_windows(self, done: float) -> Tensor:
+        """(B, T) random windows of the training text for the next step, `done` of the run being over.
+
+        For the first `short_share` of the run the same tokens as (B * SHORT_PARTS, T / SHORT_PARTS), if T allows it.
+        """
+        windows = self.train_set.sample(self.config.batch_size, self.generator)
+        self.corpus.forget_pages()
+        if done < self.config.short_share and windows.shape[1] % SHORT_PARTS == 0:
+            return windows.view(-1, windows.shape[1] // SHORT_PARTS)
+        return windows
+
+    def train_step(self, done: float) -> Tensor:
+        """One optimizer step on one global batch, `done` of the run being over.
+
+        Returns the loss of this process's share of the batch, nats/token, on the device.
+        """
+        windows = self.sample_windows(done)
+        batch = self.objective.make_batch(windows, self.generator)
+        self.flops += self.model.flops_per_token(windows.shape[1]) * windows.numel()
+        total, parts = torch.zeros((), device=self.processes.device), self.config.accumulate
+        for part in range(parts):
+            with self.processes.local(self.replica, last=part == parts - 1), autocast(self.processes.device):
+                micro_batch = self.processes.share(batch, part, parts)
+                loss = self.objective.loss(self.objective.predict(self.replica, micro_batch), micro_batch)
+                (loss / parts).backward()
+            total += loss.detach() / parts
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return total
+
+    # --------------------------------------------------------------------------------------------- validation
+    def validation_record(self, is_last: bool) -> dict:
+        """A new record of the history. `val_loss` is that of the weights as they were trained.
+
+        At the end of the run the model is calibrated. Then the record also has the `temperature` and the
+        `calibrated_val_loss`, which is that of the final weights.
+        """
+        record = {
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "seconds": self.seconds,
+            "train_loss": self.processes.mean(torch.stack(self.losses).mean()).item(),
+            "val_loss": self.validate(),
+            "lr": self.optimizers[-1].param_groups[0]["lr"],
+        }
+        self.losses.clear()
+        if is_last and self.calibration_windows is not None:
+            record["temperature"] = self.calibrate()
+            record["calibrated_val_loss"] = self.validate()
+        return record
+
+    @torch.no_grad()
+    def predict_windows(self, windows: Tensor) -> tuple[Tensor, NamedTuple]:
+        """The model's logits on windows (B, T), and the batch they belong to. The masks are the same every time."""
+        self.model.eval()
+        batch = self.objective.make_batch(windows, torch.Generator().manual_seed(0))
+        batch = type(batch)(*(x.to(self.processes.device) for x in batch))
+        with autocast(self.processes.device):
+            logits = self.objective.predict(self.model, batch)
+        self.model.train()
+        return logits, batch
+
+    def validate(self) -> float:
+        """Loss on the validation windows, nats/char: exact for GPT, one draw of the upper bound for LLaDA."""
+        return self.objective.loss(*self.predict_windows(self.val_windows)).item()
+
+    def calibrate(self) -> float:
+        """Divide the model's logits by the temperature that minimizes the loss on held-out text; returns it.
+
+        Many epochs make the model overconfident. Temperature scaling (arXiv 1706.04599) corrects most of that with one
+        number. The loss is convex in 1 / temperature, so Newton's method finds it.
+        """
+        logits, batch = self.predict_windows(self.calibration_windows)
+        logits = logits.clamp(min=-1e4)  # -inf has no gradient
+        scale = torch.ones((), device=logits.device, requires_grad=True)
+        for _ in range(NEWTON_STEPS):
+            loss = self.objective.loss(logits * scale, batch)
+            (slope,) = torch.autograd.grad(loss, scale, create_graph=True)
+            (curvature,) = torch.autograd.grad(slope, scale)
+            step = slope / (curvature + 1e-9)  # an untrained model has no curvature
+            scale = (scale - step).detach().clamp(0.25, 4).requires_grad_()
+        with torch.no_grad():
+            self.model.head.weight.mul_(scale)  # the head has no bias: this divides the logits
+        return 1 / scale.item()
+
+    # --------------------------------------------------------------------------------------------- checkpoints
+    def checkpoint(self) -> Checkpoint:
+        """The state as it is now."""
+        training = {
+            "config": self.config.to_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "generator": self.generator.get_state(),
+            "torch_rng": torch.get_rng_state(),  # dropout on the CPU
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.processes.device.type == "cuda" else [],
+            "seconds": self.seconds,
+            "flops": self.flops,
+            "losses": [float(loss) for loss in self.losses],
+        }
+        corpus = {"name": self.corpus.name, "sha256": self.corpus.sha256, "val_fraction": self.config.val_fraction}
+        return Checkpoint(self.model, self.corpus.tokenizer, corpus, self.step, self.history, training)
+
+    @classmethod
+    def resume(
+        cls, checkpoint: Checkpoint, processes: Processes, clock: Callable[[], float] | None = None, **changes
+    ) -> "Trainer":
+        """Continue the run of `checkpoint`. `changes`: new values of the fields data, steps, minutes or eval_every.
+
+        Raises ValueError if it holds no state of a training run or its corpus is now another text.
+        """
+        training = checkpoint.training
+        if "config" not in training:
+            raise ValueError(f"{checkpoint.path}: holds no training state of this version: cannot resume")
+        config = replace(TrainConfig(**training["config"]), **changes)
+        corpus = load_corpus(changes.get("data") or checkpoint.corpus["name"])
+        if corpus.sha256 != checkpoint.corpus["sha256"]:
+            raise ValueError(f"{corpus.name} is not the text of {checkpoint.path}: restore it, or find it with --data")
+        self = cls(config, corpus, processes, clock)
+        self.model.load_state_dict(checkpoint.model.state_dict())
+        self.step, self.history = checkpoint.step, checkpoint.history
+        self.seconds_before, self.flops = training["seconds"], training["flops"]
+        self.losses = [torch.tensor(loss, device=processes.device) for loss in training["losses"]]
+        for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.generator.set_state(training["generator"])
+        torch.set_rng_state(training["torch_rng"])
+        if training["cuda_rng"] and processes.device.type == "cuda":
+            torch.cuda.set_rng_state_all(training["cuda_rng"])
+        return self
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA. Many CPUs compute it much more slowly than float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+class CheckpointWriter:
+    """Writes a run's files: last.pt and metrics.jsonl at every validation, best.pt when it is the best so far.
+
+    If `folder` holds another run, that is moved aside when the first checkpoint of this one is written.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, resumed_from: Path | None = None):
+        self.trainer, self.folder = trainer, folder
+        self.is_new = resumed_from is None or resumed_from.resolve().parent != folder.resolve()
+
+    def on_validation(self, record: dict) -> None:
+        """Save the state of this validation."""
+        self.save_last()
+        if loss_of_weights(record) <= min(map(loss_of_weights, self.trainer.history)):
+            copy_checkpoint(self.folder / "last.pt", self.folder / "best.pt")
+
+    def save_last(self) -> None:
+        """Write last.pt and metrics.jsonl."""
+        if self.is_new and any(self.folder.glob("*.pt")):
+            names = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            self.folder.rename(aside)
+            say(f"the run that was in {self.folder} is now in {aside}")
+        self.is_new = False
+        save_checkpoint(self.folder / "last.pt", self.trainer.checkpoint())
+        self._write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
+
+    def save_summary(self, summary: dict) -> None:
+        """Write summary.json."""
+        self._write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
+        with atomic_write(self.folder / name) as temporary:
+            temporary.write_text(text)
+
+
+def loss_of_weights(record: dict) -> float:
+    """Validation loss of the weights that were saved with this record, nats/char: calibrated if they are.
+
+    >>> loss_of_weights({"val_loss": 1.62}), loss_of_weights({"val_loss": 1.6, "calibrated_val_loss": 1.58})
+    (1.62, 1.58)
+    """
+    return record.get("calibrated_val_loss", record["val_loss"])
+
+
+def score_validation(trainer: Trainer) -> Likelihood:
+    """Exact (GPT) or upper bound (LLaDA) on the whole validation part, or on about FINAL_CHARS characters of it."""
+    model, device = trainer.model.eval(), trainer.processes.device
+    windows = validation_windows(trainer.val_ids, trainer.config.block_size, trainer.corpus.tokenizer, FINAL_CHARS)
+    evaluations = [len(part) for part in windows]
+    if trainer.objective.is_bound:
+        evaluations = [1 + 2 * len(part) * pairs_needed(*part.shape, FINAL_PAIRS) for part in windows]
+    rows = 0
+    with progress(sum(evaluations), "validate") as update:
+
+        def predict(tokens: Tensor) -> Tensor:
+            nonlocal rows
+            rows += len(tokens)
+            update(rows)
+            return model(tokens)
+
+        return trainer.objective.likelihood(
+            predict,
+            [part.to(device) for part in windows],
+            pairs=FINAL_PAIRS,
+            batch_size=32 if device.type == "cpu" else 256,  # the activations of 32 windows fit a CPU's caches
+        )
+
+
+def summarize(trainer: Trainer, session: dict[str, float]) -> dict:
+    """What the run cost and its final score, as plain values. `session`: what `Trainer.train` returned."""
+    params, tokens = trainer.model.num_parameters(), trainer.step * trainer.tokens_per_step
+    result = score_validation(trainer)
+    return {
+        "params": params,
+        "tokens": tokens,
+        "epochs": tokens / len(trainer.train_set.ids),
+        "tokens_per_param": tokens / params,
+        "flops": trainer.flops,
+        "pfs_days": trainer.flops / (1e15 * 86400),
+        **session,
+        "nats_per_char": result.nats_per_char,
+        "ci95": list(result.ci95) if math.isfinite(result.ci95[0]) else None,  # None: one window has no interval
+        "is_bound": result.is_bound,
+        "chars": int(result.lengths.sum()),
+    }
