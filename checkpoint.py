@@ -1,8 +1,10 @@
-"""Checkpoints: one self-contained file with everything needed to generate, evaluate or resume.
+"""Checkpoints: one self-contained file with everything needed to generate, evaluate or resume, and the files of a run.
 
 They hold tensors and plain values only, so that loading one never runs code.
 """
 
+import itertools
+import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ import torch
 
 from model import MODELS, ModelConfig, Transformer
 from tokenizer import SimpleTokenizer
+from utils.console import say
 from utils.devices import pick_device
 from utils.files import atomic_write
 
@@ -111,3 +114,51 @@ def newest_checkpoint(out: str | Path = "out", name: str | None = None) -> Path:
             return path
     which = f" --model {name}" if name else ""
     raise ValueError(f"no checkpoint under {out}/: train one with `python train.py{which}`, or pass --checkpoint FILE")
+
+
+# ------------------------------------------------------------------------------------------------- a run's folder
+class CheckpointWriter:
+    """Writes a run's files: last.pt and metrics.jsonl at every validation, best.pt when it is the best so far.
+
+    `trainer` is a `trainer.Trainer`, of which only history and checkpoint() are used. If `folder` holds another run,
+    that is moved aside when the first checkpoint of this one is written.
+    """
+
+    def __init__(self, trainer, folder: Path, resumed_from: Path | None = None):
+        self.trainer, self.folder = trainer, folder
+        self.is_new = resumed_from is None or resumed_from.resolve().parent != folder.resolve()
+
+    def on_validation(self, record: dict) -> None:
+        """Save the state of this validation."""
+        self.save_last()
+        best = self.folder / "best.pt"  # missing at first, also if the history of another folder has a better record
+        if loss_of_weights(record) <= min(map(loss_of_weights, self.trainer.history)) or not best.exists():
+            copy_checkpoint(self.folder / "last.pt", best)
+
+    def save_last(self) -> None:
+        """Write last.pt and metrics.jsonl."""
+        if self.is_new and any(self.folder.glob("*.pt")):
+            names = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            self.folder.rename(aside)
+            say(f"the run that was in {self.folder} is now in {aside}")
+        self.is_new = False
+        save_checkpoint(self.folder / "last.pt", self.trainer.checkpoint())
+        self._write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
+
+    def save_summary(self, summary: dict) -> None:
+        """Write summary.json."""
+        self._write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
+        with atomic_write(self.folder / name) as temporary:
+            temporary.write_text(text)
+
+
+def loss_of_weights(record: dict) -> float:
+    """Validation loss of the weights that were saved with this record, nats/char: calibrated if they are.
+
+    >>> loss_of_weights({"val_loss": 1.62}), loss_of_weights({"val_loss": 1.6, "calibrated_val_loss": 1.58})
+    (1.62, 1.58)
+    """
+    return record.get("calibrated_val_loss", record["val_loss"])

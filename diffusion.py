@@ -21,16 +21,14 @@ T_POWER = 2.0  # training draws t = u^2: lightly masked windows have the noisies
 
 
 # ------------------------------------------------------------------------------------------------- forward process
-def sample_t(
-    batch_size: int, generator: torch.Generator | None = None, device="cpu", power: float = 1.0
-) -> Tensor:
+def sample_t(batch_size: int, generator: torch.Generator | None = None, power: float = 1.0) -> Tensor:
     """(B,) masking probabilities in [MIN_T, 1], stratified: u is drawn once in each of B equal intervals of [0, 1).
 
     A low-discrepancy draw (one uniform offset, shuffled; Kingma et al., arXiv 2107.00630, I.1): it has the mean of
     independent draws and much less variance. t = u^power; power > 1 draws small t more often, see `density_of_t`.
     """
-    offset = torch.rand(1, generator=generator, device=device)
-    strata = torch.randperm(batch_size, generator=generator, device=device)
+    offset = torch.rand(1, generator=generator)
+    strata = torch.randperm(batch_size, generator=generator)
     return MIN_T + (1 - MIN_T) * ((strata + offset) / batch_size) ** power
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from utils.console import SEED, Parser, run_program
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description="Evaluate LLaDA and GPT on the text they were not trained on.")
     add = parser.add_argument
@@ -45,7 +45,7 @@ def print_estimators(results: dict[str, dict], windows: int, T: int) -> None:
 
 def main() -> None:
     """Load, measure, print and write."""
-    parser = build_parser()
+    parser = make_parser()
     args = parser.parse_args()
 
     # Imported here so that --help does not wait for torch.
@@ -57,7 +57,7 @@ def main() -> None:
 
     with parser.naming_flags():
         checkpoints = select_checkpoints(args.checkpoints, pick_device(args.device, float64=True))
-    corpus = load_same_corpus(next(iter(checkpoints.values())), args.data)
+        corpus = load_same_corpus(next(iter(checkpoints.values())), args.data)
     evaluation = Evaluation(checkpoints, corpus, QUICK if args.quick else FULL, args.seed)
     if args.compare_estimators:
         if evaluation.llada is None:

@@ -1,4 +1,8 @@
-"""Write text with a trained model: `python generate.py --help`. This file is the command line; generation/ does it."""
+"""Write text with a trained model: `python generate.py --help`. This file is the command line; generation/ does it.
+
+A flag's destination is the name of the setting that it sets, for example SamplingConfig.top_k; generation/modes.py
+makes the settings from the flags that were given.
+"""
 
 import argparse
 from pathlib import Path

@@ -44,13 +44,11 @@ class KeyValueCache:
     convolution; `tokens` (B, REACH): the last tokens, for the n-grams; `length`: columns filled, left padding included.
     """
 
-    def __init__(
-        self, batch_size: int, n_layer: int, n_head: int, head_dim: int, max_len: int, device="cpu", dtype=torch.float32
-    ):
+    def __init__(self, batch_size: int, n_layer: int, n_head: int, head_dim: int, max_len: int, device="cpu"):
         shape = batch_size, n_head, max_len, head_dim
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        self.keys = [torch.zeros(shape, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.inputs = torch.zeros(n_layer, batch_size, TAPS - 1, n_head * head_dim, device=device, dtype=dtype)
+        self.inputs = torch.zeros(n_layer, batch_size, TAPS - 1, n_head * head_dim, device=device)
         self.tokens = torch.zeros(batch_size, REACH, device=device, dtype=torch.long)
         self.length = 0
 

@@ -55,16 +55,16 @@ class Likelihood:
     @property
     def ci95(self) -> tuple[float, float]:
         """95 % interval of `nats_per_char` over windows: the unit, as characters (and draws) inside one correlate."""
-        half = 1.96 * standard_error(self.window_nats, self.lengths)
+        half = half_width95(self.window_nats, self.lengths)
         return self.nats_per_char - half, self.nats_per_char + half
 
     @property
     def mask_error(self) -> float:
-        """How much of the interval's half-width (1.96 standard errors, nats/char) is due to the masks; 0 if exact.
+        """At most how much of the interval's half-width (nats/char) is due to the masks; 0 if exact.
 
-        Computed from how far a window's pairs of masks lie apart. More pairs make it smaller. The rest is the spread
-        of the text over windows, which only more text makes smaller. For windows of the first length; infinite for a
-        single pair.
+        Computed from how far a window's pairs of masks lie apart. Stratification makes the true share smaller. More
+        pairs reduce it; the rest is the spread of the text over windows, which only more text reduces. For windows of
+        the first length; infinite for a single pair.
         """
         if self.draws is None:
             return 0.0
@@ -103,6 +103,24 @@ def standard_error(window_nats: Tensor, lengths: Tensor) -> float:
         return math.inf
     residuals = window_nats - lengths * (window_nats.sum() / lengths.sum())
     return float((residuals.square().sum() * N / (N - 1)).sqrt() / lengths.sum())
+
+
+def half_width95(window_nats: Tensor, lengths: Tensor) -> float:
+    """Half the width of the 95 % interval of sum(window_nats) / sum(lengths) over windows, by Student's t."""
+    return student_t(len(window_nats) - 1) * standard_error(window_nats, lengths)
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: from 3 degrees of freedom on the Cornish-Fisher expansion, there 1 % too low.
+
+    >>> round(student_t(14), 3), round(student_t(63), 3)  # exactly 2.145 and 1.998
+    (2.145, 1.998)
+    """
+    if freedom < 3:
+        return {1: 12.706, 2: 4.303}.get(freedom, math.inf)
+    z, f = 1.959964, freedom
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + terms[0] / f + terms[1] / f**2 + terms[2] / f**3
 
 
 # ------------------------------------------------------------------------------------------------- the bound
@@ -286,6 +304,7 @@ def policy_likelihood(
     draws its positions at random: -log p given the drawn order is, on average over orders, at least -log of the mean
     of p over orders (Jensen), so the result is an upper bound in expectation.
 
+    predict must give -inf to every id that the sampler never writes: the likelihood is that of drawing from p.
     Returns the likelihood and (N,) each window's number of network evaluations (NFE). Raises ValueError if the policy
     names a visible position, or none.
     """

@@ -66,9 +66,9 @@ def row_generators(
     return generators
 
 
-def uniforms(generators: list[torch.Generator], n: int = 1) -> Tensor:
-    """(B, n) float64 uniforms in [0, 1): row b from its own generator."""
-    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators])
+def uniforms(generators: list[torch.Generator]) -> Tensor:
+    """(B,) float64 uniforms in [0, 1), on the CPU: row b from its own generator."""
+    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators])
 
 
 def noise(generators: list[torch.Generator], where: Tensor) -> Tensor:

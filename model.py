@@ -186,14 +186,17 @@ class Transformer(nn.Module):
         """Trainable parameters, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
+    def num_looked_up(self) -> int:
+        """How many of the parameters are rows of embeddings and n-gram tables: looked up, not multiplied."""
+        return sum(m.weight.numel() for m in self.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+
     def flops_per_token(self, T: int) -> float:
         """Training FLOPs per token of a window of T, forward and backward: 6 per weight and 12 C T per layer.
 
         From PaLM, arXiv 2204.02311, appendix B. Embeddings are looked up, not multiplied, and count nothing. The masked
         half of causal attention counts like the other.
         """
-        looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
-        weights = self.num_parameters() - looked_up
+        weights = self.num_parameters() - self.num_looked_up()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
 
 
@@ -219,7 +222,8 @@ def main() -> None:
     for arch in ENCODERS:
         for name, model_class in MODELS.items():
             model = model_class(ModelConfig(vocab_size=69, block_size=128, arch=arch))
-            print(f"{name:5} {arch:7} -> logits {tuple(model(tokens).shape)}  {model.num_parameters():,} parameters")
+            print(f"{name:5} {arch:7} -> logits {tuple(model(tokens).shape)}  {model.num_parameters():,} parameters, "
+                  f"{model.num_looked_up():,} of them looked up")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def loop_schedule(steps: list[ScheduledStep], size: int) -> list[ScheduledStep]:
 
 
 # ------------------------------------------------------------------------------------------------- settings, states
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig(UnmaskingPolicy, LogitsConfig):
     """Everything that decides how masks become text. The defaults are LLaDA's published sampler (arXiv 2502.09992).
 
@@ -114,10 +114,16 @@ class SamplingConfig(UnmaskingPolicy, LogitsConfig):
         if self.slide is not None:
             check_number("slide", self.slide, low=1)
 
+    @property
+    def has_exact_likelihood(self) -> bool:
+        """Whether `policy_likelihood` is the exact likelihood of this sampler: it draws from the network's own p."""
+        plain = (self.temperature, self.top_k, self.top_p, self.repetition_penalty) == (1, None, None, 1)
+        return plain and self.remask is None and self.cfg_scale == 0 and super().has_exact_likelihood
+
 
 @dataclass
 class Step:
-    """A state of the reverse process. All tensors are (B, T) and the caller's own."""
+    """A state of the reverse process. Tensors are (B, T) if not marked otherwise, and the caller's own."""
 
     tokens: Tensor  # int64
     revealed: Tensor  # bool: written at this step

@@ -22,8 +22,8 @@ LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
 def laptop_preset(model: str, minutes: float) -> "TrainConfig":
     """The settings for so many minutes on a laptop. More time pays for a wider network and a longer context.
 
-    More time also means more epochs, in which GPT memorizes the text unless it is regularized. LLaDA never sees the
-    same masks twice, and dropout only made it worse. It profits from more tokens instead, which short windows give it.
+    More time also means more epochs, in which GPT memorizes the text unless it is regularized. LLaDA practically never
+    sees the same masks twice, and is not regularized. It profits from more tokens instead, which short windows give it.
     Masks hide most n-grams of most windows, so the n-gram tables of LLaDA take a larger learning rate.
     """
     from trainer import TrainConfig
@@ -45,7 +45,7 @@ def laptop_preset(model: str, minutes: float) -> "TrainConfig":
 
 
 def gpu_preset(model: str) -> "TrainConfig":
-    """The settings for a GPU: the size of nanoGPT's TinyShakespeare model, and its 5000 steps."""
+    """The settings for a GPU: the layers of nanoGPT's TinyShakespeare model, and its 5000 steps."""
     from trainer import TrainConfig
 
     return TrainConfig(
@@ -165,7 +165,8 @@ def say_summary(summary: dict) -> None:
 # ------------------------------------------------------------------------------------------------- main
 def train(args: argparse.Namespace, start: float) -> None:
     """Train, save, score. `start`: when the program began, time.monotonic()."""
-    from trainer import CheckpointWriter, summarize
+    from checkpoint import CheckpointWriter
+    from trainer import summarize
     from utils.devices import pick_device, tune_cpu
     from utils.processes import Processes
 
@@ -176,7 +177,9 @@ def train(args: argparse.Namespace, start: float) -> None:
         model, folder = trainer.config.model, args.out / trainer.config.model
         writer = CheckpointWriter(trainer, folder, resume_path(args))
         if processes.is_main:
-            say(f"{model}: {trainer.model.num_parameters():,} parameters on {trainer.corpus.name}, {processes}")
+            parameters, looked_up = trainer.model.num_parameters(), trainer.model.num_looked_up()
+            share = f"{100 * looked_up / parameters:.0f} % of them rows of tables that are looked up"
+            say(f"{model}: {parameters:,} parameters ({share}) on {trainer.corpus.name}, {processes}")
 
         def on_validation(record: dict) -> None:
             if processes.is_main:

@@ -1,34 +1,31 @@
-"""A training run: configuration, state, loop, exact resume, calibration, checkpoints and the final score.
+"""A training run: configuration, state, loop, exact resume, calibration and the final score.
 
 Everything random in a step is drawn on the CPU for the whole global batch and then shared out. So one process, several
-processes and accumulated micro-batches see the same numbers, and a resumed run equals an uninterrupted one.
+processes and accumulated micro-batches see the same numbers (but for dropout), and a resumed run continues exactly.
 
 Letters: B windows in a global batch, T positions.
 """
 
-import itertools
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from autoregressive import CausalObjective
-from checkpoint import Checkpoint, copy_checkpoint, save_checkpoint
+from checkpoint import Checkpoint
 from data import Corpus, ShakespeareDataset, load_corpus, validation_windows
 from diffusion import DiffusionObjective
 from likelihood import Likelihood, pairs_needed
-from model import MODELS, ModelConfig
+from model import MODELS, ModelConfig, Transformer
 from optim import build_optimizers, learning_rate_factor, set_learning_rate
 from tokenizer import SPECIAL_TOKENS
-from utils.console import progress, say
+from utils.console import progress
+from utils.counter import EvaluationCounter
 from utils.errors import ArgumentError, check_number
-from utils.files import atomic_write
 from utils.processes import Processes
 
 OBJECTIVES = {"llada": DiffusionObjective(), "gpt": CausalObjective()}
@@ -196,6 +193,8 @@ class Trainer:
         done = self.done()
         next_validation = done + 1 / VALIDATIONS
         self.model.train()
+        if done >= 1 and self.step == 0:
+            raise ArgumentError("minutes", f"{self.config.minutes:g} are over before the first step: give more")
         while done < 1 and not self.processes.agree(stopping()):
             set_learning_rate(self.optimizers, learning_rate_factor(done))
             self.losses.append(self.train_step(done))
@@ -348,72 +347,25 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-class CheckpointWriter:
-    """Writes a run's files: last.pt and metrics.jsonl at every validation, best.pt when it is the best so far.
-
-    If `folder` holds another run, that is moved aside when the first checkpoint of this one is written.
-    """
-
-    def __init__(self, trainer: Trainer, folder: Path, resumed_from: Path | None = None):
-        self.trainer, self.folder = trainer, folder
-        self.is_new = resumed_from is None or resumed_from.resolve().parent != folder.resolve()
-
-    def on_validation(self, record: dict) -> None:
-        """Save the state of this validation."""
-        self.save_last()
-        if loss_of_weights(record) <= min(map(loss_of_weights, self.trainer.history)):
-            copy_checkpoint(self.folder / "last.pt", self.folder / "best.pt")
-
-    def save_last(self) -> None:
-        """Write last.pt and metrics.jsonl."""
-        if self.is_new and any(self.folder.glob("*.pt")):
-            names = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
-            self.folder.rename(aside)
-            say(f"the run that was in {self.folder} is now in {aside}")
-        self.is_new = False
-        save_checkpoint(self.folder / "last.pt", self.trainer.checkpoint())
-        self._write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
-
-    def save_summary(self, summary: dict) -> None:
-        """Write summary.json."""
-        self._write_text("summary.json", json.dumps(summary, indent=2) + "\n")
-
-    def _write_text(self, name: str, text: str) -> None:
-        with atomic_write(self.folder / name) as temporary:
-            temporary.write_text(text)
-
-
-def loss_of_weights(record: dict) -> float:
-    """Validation loss of the weights that were saved with this record, nats/char: calibrated if they are.
-
-    >>> loss_of_weights({"val_loss": 1.62}), loss_of_weights({"val_loss": 1.6, "calibrated_val_loss": 1.58})
-    (1.62, 1.58)
-    """
-    return record.get("calibrated_val_loss", record["val_loss"])
+def scoring_batch_size(model: Transformer) -> int:
+    """Windows to evaluate at once: few on a CPU, so that their activations fit its caches."""
+    return 32 if model.device.type == "cpu" else 256
 
 
 def score_validation(trainer: Trainer) -> Likelihood:
     """Exact (GPT) or upper bound (LLaDA) on the whole validation part, or on about FINAL_CHARS characters of it."""
-    model, device = trainer.model.eval(), trainer.processes.device
-    windows = validation_windows(trainer.val_ids, trainer.config.block_size, trainer.corpus.tokenizer, FINAL_CHARS)
-    evaluations = [len(part) for part in windows]
-    if trainer.objective.is_bound:
-        evaluations = [1 + 2 * len(part) * pairs_needed(*part.shape, FINAL_PAIRS) for part in windows]
-    rows = 0
-    with progress(sum(evaluations), "validate") as update:
-
-        def predict(tokens: Tensor) -> Tensor:
-            nonlocal rows
-            rows += len(tokens)
-            update(rows)
-            return model(tokens)
-
+    model, T = trainer.model.eval(), trainer.config.block_size
+    windows = validation_windows(trainer.val_ids, T, trainer.corpus.tokenizer, FINAL_CHARS)
+    evaluations = 2 * pairs_needed(len(windows[0]), T, FINAL_PAIRS) if trainer.objective.is_bound else 1  # of a window
+    with (
+        progress(evaluations * windows[0].numel(), "validate") as update,
+        EvaluationCounter(model, update=update),
+    ):
         return trainer.objective.likelihood(
-            predict,
-            [part.to(device) for part in windows],
+            model,
+            [part.to(model.device) for part in windows],
             pairs=FINAL_PAIRS,
-            batch_size=32 if device.type == "cpu" else 256,  # the activations of 32 windows fit a CPU's caches
+            batch_size=scoring_batch_size(model),
         )
 
 

@@ -1,10 +1,12 @@
 """Unmasking policies: which masked positions are revealed next, and how many.
 
+The defaults here are LLaDA's; the commands and generation/ use the sweep (`text_sampling` in generation/infilling.py).
+
 An order gives every candidate position a score; the highest score is revealed first. A schedule fixes how many are
 revealed at each step. An adaptive rule may reveal more, where the model is confident. Each is one small function,
 registered under its name on the command line.
 
-Letters: B rows, T positions, V vocabulary, N candidates (all rows together), M candidates of one row, K steps.
+Letters: B rows, T positions, V vocabulary, N candidates (all rows together), M candidates of one row, K or S steps.
 """
 
 import math
@@ -83,7 +85,7 @@ ORDERS: dict[str, Callable[[Candidates], Tensor]] = {  # name -> (N,) scores
     "sweep": turn_order,
 }
 NETWORK_FREE_ORDERS = ("random", "left", "strided", "sweep")  # they do not use the network's output
-INEXACT_ORDERS = ("random", "drawn_confidence")  # positions depend on random draws: no exact likelihood
+EXACT_ORDERS = ("confidence", "margin", "entropy", "left", "strided", "sweep")  # positions follow from what is visible
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def bit_reversed_turns(steps: int) -> tuple[int, ...]:
 
 
 def sweep_turns(steps: int) -> tuple[int, ...]:
-    """Step k reveals positions k, k + S, k + 2S, ...: after the first step, each left neighbour is visible."""
+    """Step k of S reveals masked positions k, k + S, k + 2S, ...: after step 0, each left neighbour is visible."""
     return tuple(range(steps))
 
 
@@ -237,8 +239,8 @@ class UnmaskingPolicy:
             object.__setattr__(self, "schedule", tuple(self.schedule))  # a list would not be hashable
             if not self.schedule or min(self.schedule) < 1:
                 raise ArgumentError("schedule", f"must be a list of counts of at least 1, got {list(self.schedule)}")
-            if self.steps not in (None, len(self.schedule)):
-                raise ArgumentError("steps", f"must be {len(self.schedule)}, the length of the schedule, or left out")
+            if self.steps is not None:
+                raise ArgumentError("steps", "does not go with a list of counts, which fixes the steps of each block")
         if self.order in TURNS and self.schedule != "uniform":
             raise ArgumentError("schedule", f"does not go with the {self.order} order, which fixes the counts itself")
 
@@ -254,8 +256,11 @@ class UnmaskingPolicy:
 
     @property
     def has_exact_likelihood(self) -> bool:
-        """Whether the positions follow from what is visible, so that `policy_likelihood` is exact at temperature 1."""
-        return self.order not in INEXACT_ORDERS
+        """Whether the positions follow from what is visible, so that `policy_likelihood` is exact.
+
+        Exact for drawing at temperature 1 from a predictor that gives -inf to every id that is never written.
+        """
+        return self.order in EXACT_ORDERS
 
     def plan(self, masked: Tensor) -> RowSchedule:
         """The steps of one row, masked (T,) at the start. Raises ArgumentError if the settings do not fit the row."""
@@ -330,7 +335,7 @@ class UnmaskingPolicy:
         likelihood: what it reveals does not follow from what is visible.
         """
         if not self.has_exact_likelihood:
-            raise ValueError(f"the {self.order} order is not a deterministic policy: it has no exact likelihood")
+            raise ValueError(f"with these settings and order {self.order} there is no exact likelihood")
         return self.teacher_forced(logits, masked, None)
 
     def teacher_forced(self, logits: Tensor, masked: Tensor, generators: list[torch.Generator] | None) -> Tensor:

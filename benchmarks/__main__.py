@@ -16,7 +16,7 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
     "that is timed. Random order has only an upper bound: the mean of -log p(text | order) over drawn orders (Jensen). "
     "drawn_confidence, LLaDA's published rule, has no likelihood. Differences are paired over the same windows. A "
     "sampler with an exact figure above the bound is worse than random order; one below it need not be better. "
-    "NFE: network evaluations for each text.",
+    "NFE: network evaluations for each text. Times are of one run.",
 }
 
 

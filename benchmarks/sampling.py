@@ -5,7 +5,6 @@ Letters: N windows, T characters of a text, B texts at once.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -17,7 +16,7 @@ from benchmarks.timing import Row, timed
 from checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from data import load_corpus, validation_windows
 from generation.infilling import mask_predictor
-from likelihood import Likelihood, Predict, policy_likelihood, standard_error
+from likelihood import Likelihood, Predict, half_width95, policy_likelihood
 from model import GPT, LLaDAModel
 from sampler import SamplingConfig, reverse_process
 from tokenizer import END_ID, MASK_ID, NEVER_WRITTEN, PAD_ID, START_ID
@@ -95,7 +94,7 @@ def difference(a: Likelihood | None, b: Likelihood | None) -> str:
     """Bits/char by which a is above b, with the paired 95 % interval: both are of the same windows."""
     if a is None or b is None or a is b:
         return "-"
-    half = 1.96 * standard_error(a.window_nats - b.window_nats, a.lengths)
+    half = half_width95(a.window_nats - b.window_nats, a.lengths)
     return f"{(a.nats_per_char - b.nats_per_char) / math.log(2):+.3f} +- {half / math.log(2):.3f}"
 
 
@@ -112,14 +111,12 @@ def write_with_gpt(model: GPT, T: int, B: int) -> float:
     return float(sum(1 for _ in decode(model, [torch.tensor([START_ID])] * B, max_out_tokens=T)))
 
 
-def time_writers(writers: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Call the writers in turns `rounds` times: the median wall time in seconds, and the NFE, of each."""
-    seconds, nfe = {name: [] for name in writers}, {}
-    for _ in range(rounds):
-        for name, writer in track(writers.items(), "time"):
-            elapsed, nfe[name] = timed(writer)
-            seconds[name].append(elapsed)
-    return {name: statistics.median(times) for name, times in seconds.items()}, nfe
+def time_writers(writers: dict[str, Callable[[], float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Call each writer once: its wall time in seconds, and its NFE."""
+    seconds, nfe = {}, {}
+    for name, writer in track(writers.items(), "time"):
+        seconds[name], nfe[name] = timed(writer)
+    return seconds, nfe
 
 
 # ------------------------------------------------------------------------------------------------- samplers and GPT
@@ -147,14 +144,14 @@ def compare_samplers(out: str, n_windows: int, lengths: tuple[int, ...]) -> Iter
             if GPT_LABEL in scores:
                 writers[GPT_LABEL] = partial(write_with_gpt, gpt.model, T, B)
             write_with_llada(model, SamplingConfig(steps=1), T, B)  # the first call is slower: not counted
-            medians, nfe = time_writers(writers, rounds=1)
-            seconds.append(medians)
+            times, nfe = time_writers(writers)
+            seconds.append(times)
         for name, likelihood in scores.items():
             yield (
                 str(T), name, f"{nfe[name]:.1f}", bits(likelihood), kind(likelihood),
                 difference(likelihood, scores[first]), difference(likelihood, scores.get(BOUND_REFERENCE)),
-                *(f"{1000 * medians[name]:.0f}" for medians in seconds),
-                " ".join(f"{medians[first] / medians[name]:.1f}x" for medians in seconds),
+                *(f"{1000 * times[name]:.0f}" for times in seconds),
+                " ".join(f"{times[first] / times[name]:.1f}x" for times in seconds),
             )  # fmt: skip
 
 

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from diffusion import MIN_T, compute_llada_loss, forward_process
-from likelihood import Likelihood, Predict, likelihood_bound, pairs_needed, standard_error
+from likelihood import Likelihood, Predict, half_width95, likelihood_bound, pairs_needed
 from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
 from utils.console import track
-
-
-def batch_size(model: Transformer) -> int:
-    """Windows to evaluate at once: few on a CPU, so that they fit its caches."""
-    return 32 if model.device.type == "cpu" else 256
 
 
 def finite(interval: tuple[float, float]) -> list[float] | None:
@@ -38,6 +33,7 @@ def likelihood_figures(result: Likelihood, model: Transformer) -> dict:
         "chars": int(result.lengths.sum()),
         "windows": len(result.lengths),
         "params": model.num_parameters(),
+        "params_looked_up": model.num_looked_up(),
     }
 
 
@@ -47,7 +43,7 @@ def paired_difference(a: Likelihood, b: Likelihood) -> dict:
     Pairing removes how hard each window is, so the interval is narrower than those of a and b.
     """
     nats = a.window_nats - b.window_nats
-    mean, half = float(nats.sum() / a.lengths.sum()), 1.96 * standard_error(nats, a.lengths)
+    mean, half = float(nats.sum() / a.lengths.sum()), half_width95(nats, a.lengths)
     return {"nats_per_char": mean, "ci95": finite((mean - half, mean + half))}
 
 
@@ -72,28 +68,14 @@ def loss_by_character(results: dict[str, Likelihood], windows: list[Tensor], cha
     return entries
 
 
-def mean_and_interval(values: Tensor, offset: float = 0.0) -> tuple[float, list[float] | None]:
-    """offset + the mean of values (n,), and its 95 % interval by Student's t; None for a single value.
+def mean_and_interval(values: Tensor) -> tuple[float, list[float] | None]:
+    """The mean of values (n,) and its 95 % interval by Student's t; None for a single value.
 
-    >>> mean_and_interval(torch.tensor([1.0, 2.0, 3.0]), offset=1.0)[0]
-    3.0
+    >>> mean_and_interval(torch.tensor([1.0, 2.0, 3.0]))[0]
+    2.0
     """
-    n, mean = len(values), offset + float(values.mean())
-    if n < 2:
-        return mean, None
-    half = student_t(n - 1) * float(values.std()) / math.sqrt(n)
-    return mean, [mean - half, mean + half]
-
-
-def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: the Cornish-Fisher expansion, 1 % too low at 3 degrees of freedom.
-
-    >>> round(student_t(14), 3), round(student_t(63), 3)  # exactly 2.145 and 1.998
-    (2.145, 1.998)
-    """
-    z, f = 1.959964, freedom
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + terms[0] / f + terms[1] / f**2 + terms[2] / f**3
+    mean, half = float(values.mean()), half_width95(values, torch.ones(len(values)))
+    return mean, finite((mean - half, mean + half))
 
 
 # ------------------------------------------------------------------------------------------------- estimators

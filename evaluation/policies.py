@@ -9,11 +9,12 @@ import math
 import torch
 from torch import Tensor
 
-from evaluation.likelihoods import batch_size, finite, mean_and_interval
+from evaluation.likelihoods import finite, mean_and_interval
 from generation.infilling import mask_predictor
 from likelihood import Likelihood, curve_of, monotone, optimal_schedules, policy_likelihood, schedule_bound
 from model import LLaDAModel
 from tokenizer import MASK_ID
+from trainer import scoring_batch_size
 from unmasking import SCHEDULES, UnmaskingPolicy, random_positions
 
 RESAMPLES = 200  # of the bootstrap
@@ -93,7 +94,7 @@ def compare_policies(
     plus the mean difference between the two, so that it stands for all windows. The last row is the random order with T
     steps, of which `bound` is the upper bound.
     """
-    (N, T), predict, size = windows.shape, mask_predictor(model), batch_size(model)
+    (N, T), predict, size = windows.shape, mask_predictor(model), scoring_batch_size(model)
     chosen = torch.linspace(0, N - 1, min(N, limit)).long()
     texts, known = windows[chosen.to(windows.device)].cpu(), bound.window_nats[:N] / T
     rows, reference = [], None
@@ -103,11 +104,26 @@ def compare_policies(
         result, nfe = policy_likelihood(predict, texts, reveal, MASK_ID, batch_size=size, is_bound=is_bound)
         nats = result.window_nats / T
         reference = nats if reference is None else reference
-        figure = mean_and_interval(nats - known[chosen], offset=float(known.mean()))
+        figure = level_on_all_windows(nats, known, chosen)
         rows.append(policy_row(policy, float(nfe.double().mean()), is_bound, figure, nats - reference))
-    random, figure = UnmaskingPolicy(steps=T, order="random"), (float(known.mean()), finite(bound.ci95))
-    rows.append(policy_row(random, T, True, figure, known[chosen] - reference))
+    random = UnmaskingPolicy(steps=T, order="random")
+    rows.append(policy_row(random, T, True, mean_and_interval(known), known[chosen] - reference))
     return rows
+
+
+def level_on_all_windows(nats: Tensor, known: Tensor, chosen: Tensor) -> tuple[float, list[float] | None]:
+    """nats/char of a policy on all N windows, with its 95 % interval.
+
+    nats (n,) are the policy's on the `chosen` windows, known (N,) those of the bound on all of them. The figure is the
+    mean of `known` plus the mean paired difference. Its interval adds the variances of the two (two-phase sampling).
+    """
+    if len(chosen) == len(known):
+        return mean_and_interval(nats)
+    (mean, all_windows), (difference, few_windows) = mean_and_interval(known), mean_and_interval(nats - known[chosen])
+    if few_windows is None:
+        return mean + difference, None
+    half = math.hypot(all_windows[1] - mean, few_windows[1] - difference)
+    return mean + difference, [mean + difference - half, mean + difference + half]
 
 
 def policy_row(

@@ -77,7 +77,7 @@ def comparison(row: dict) -> str:
         return "no interval"
     low, high = row["difference_ci95"]
     if low <= 0 <= high:
-        return "not distinguishable"
+        return "bound not distinguishable" if row["is_bound"] else "not distinguishable"
     return "lower" if high < 0 else "bound is higher" if row["is_bound"] else "higher"
 
 
@@ -101,6 +101,7 @@ def training(metrics: dict) -> list[str]:
     rows = [
         ["checkpoint", *(f"`{run['path']}`" for run in runs.values())],
         ["parameters", *(f"{metrics['models'][name]['params']:,}" for name in runs)],
+        ["of which looked up", *(f"{metrics['models'][name]['params_looked_up']:,}" for name in runs)],
         ["steps done", *(f"{run['step']:,}" for run in runs.values())],
         ["characters read", *(fixed(run["tokens"], 0) for run in runs.values())],
         ["training time, seconds", *(fixed(run["seconds"], 0) for run in runs.values())],
@@ -129,7 +130,7 @@ def likelihood(metrics: dict) -> list[str]:
     caption = "c(m) is the loss of one masked character when m are masked. Its mean over m is LLaDA's upper bound."
     return [
         table(header, rows),
-        "Due to masks: the part of the interval's half-width that comes from the drawn masks (parts add in squares).",
+        "Due to masks: at most the part of the interval's half-width that comes from the masks (parts add in squares).",
         *(["![The masking curve](masking_curve.png)", caption] if "masking_curve" in metrics else []),
         "![Loss by position and by character](by_position_and_character.png)",
         "Mean loss at each position of a window, and on each of the 40 most frequent characters.",

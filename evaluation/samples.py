@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive import decode
-from evaluation.counter import EvaluationCounter
-from evaluation.likelihoods import batch_size, mean_and_interval
+from evaluation.likelihoods import mean_and_interval
 from evaluation.metrics import (
     NGramModel,
     character_entropy,
@@ -27,8 +26,9 @@ from generation.text import generate_texts
 from likelihood import policy_likelihood
 from model import Transformer
 from tokenizer import MASK_ID, PAD_ID, START_ID, SimpleTokenizer
-from trainer import OBJECTIVES
+from trainer import OBJECTIVES, scoring_batch_size
 from unmasking import UnmaskingPolicy
+from utils.counter import EvaluationCounter
 
 
 # ------------------------------------------------------------------------------------------------- sample metrics
@@ -64,7 +64,7 @@ def exact_nats_per_char(model: Transformer, texts: Tensor) -> float:
 
     LLaDA's bound would be mostly noise of its masks on so few texts.
     """
-    size, policy = batch_size(model), UnmaskingPolicy(order="sweep")
+    size, policy = scoring_batch_size(model), UnmaskingPolicy(order="sweep")
     if model.causal:
         return OBJECTIVES[model.name].likelihood(model, [texts.to(model.device)], batch_size=size).nats_per_char
     result, _ = policy_likelihood(mask_predictor(model), texts, policy, MASK_ID, batch_size=size)

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, find_checkpoints, load_checkpoint
 from data import Corpus, load_corpus, validation_windows
-from evaluation.counter import EvaluationCounter
 from evaluation.likelihoods import (
-    batch_size,
     likelihood_figures,
     loss_by_character,
     loss_by_position,
@@ -21,9 +19,10 @@ from evaluation.policies import compare_policies, compare_schedules
 from evaluation.samples import SampleMetrics, continue_prompts, measure_infilling, measure_samples, validation_prompts
 from evaluation.settings import QUICK, EvaluationSettings
 from likelihood import Likelihood, monotone
-from trainer import OBJECTIVES
+from trainer import OBJECTIVES, scoring_batch_size
 from unmasking import STRIDE
 from utils.console import progress, say
+from utils.counter import EvaluationCounter
 
 MOST_READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
 TRAIN_PAIRS = 2  # of masks for each window of the training text
@@ -114,8 +113,11 @@ class Evaluation:
 
     def score(self, windows: list[Tensor], pairs: int) -> dict[str, Likelihood]:
         """The likelihood of the same windows under each model."""
-        settings = {"pairs": pairs, "batch_size": batch_size(next(iter(self.models.values()))), "seed": self.seed}
-        return {name: OBJECTIVES[name].likelihood(m, windows, **settings) for name, m in self.models.items()}
+        settings = {"pairs": pairs, "seed": self.seed}
+        return {
+            name: OBJECTIVES[name].likelihood(model, windows, batch_size=scoring_batch_size(model), **settings)
+            for name, model in self.models.items()
+        }
 
     def likelihood(self) -> dict:
         """Figures of the validation text, the masking curve, loss by position and by character."""

@@ -76,7 +76,7 @@ def mask_predictor(model: LLaDAModel) -> Callable[[Tensor], Tensor]:
 def text_sampling(**settings) -> SamplingConfig:
     """SamplingConfig with this project's defaults for text: temperature 1 and the sweep.
 
-    With a schedule, an adaptive rule or remasking, none of which goes with the sweep, the default order is
+    With a schedule or remasking, which do not go with the sweep, or an adaptive rule, the default order is
     "confidence". None means "not given". Raises TypeError for unknown settings and ArgumentError for bad values.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -91,8 +91,6 @@ class GenerationState:
 
     texts: list[Tensor]  # B of (T,), lengths may differ
     step: Step  # the sampler's latest step, of the windows that are being filled
-    rows: list[int]  # which text each of those windows belongs to
-    starts: list[int]  # and where in the text it begins
     nfe: int  # calls of the network so far, all windows together
     evaluations: Tensor  # (B,) rows the network has computed for each text; guidance counts twice a step
 
@@ -165,8 +163,7 @@ def filling_loop(
     nfe, evaluations = 0, torch.zeros(len(texts), dtype=torch.long)
     for k in range(max(map(len, starts_of))):
         rows = [b for b in range(len(texts)) if k < len(starts_of[b])]
-        starts = [starts_of[b][k] for b in rows]
-        windows = [texts[b][start : start + block_size] for b, start in zip(rows, starts, strict=True)]  # views
+        windows = [texts[b][starts_of[b][k] :][:block_size] for b in rows]  # views
         nfe_before, evaluations_before = nfe, evaluations[rows]
         for step in reverse_process(
             predict,
@@ -180,7 +177,7 @@ def filling_loop(
             for window, tokens in zip(windows, step.tokens, strict=True):
                 window.copy_(tokens[len(tokens) - len(window) :])
             nfe, evaluations[rows] = nfe_before + step.nfe, evaluations_before + step.evaluations
-            yield GenerationState(texts, step, rows, starts, nfe, evaluations.clone())
+            yield GenerationState(texts, step, nfe, evaluations.clone())
 
 
 def pad_left(texts: Sequence[Tensor]) -> Tensor:

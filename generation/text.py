@@ -7,8 +7,8 @@ The arguments have the same names everywhere:
     settings: fields of autoregressive.DecodingConfig (GPT) or sampler.SamplingConfig (LLaDA): temperature, top_k,
         top_p, repetition_penalty, slide; GPT also context_len; LLaDA also steps, order, schedule, block_length, ...
     config: such an object; settings replace its fields.
-A setting that the model does not have raises TypeError. Bad values raise ArgumentError, unknown characters ValueError
-(an ArgumentError is one), at the call and before anything is written.
+A setting that the model does not have raises TypeError. Bad values and unknown characters raise ValueError (an
+ArgumentError where it names an argument), at the call and before anything is written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -126,10 +126,13 @@ def infill(
 
 def config_for(model: Transformer, config: Config | None, settings: dict) -> Config:
     """The settings of one call: `config`, or the defaults of this kind of model, with `settings` replaced."""
-    names = [field.name for field in fields(DecodingConfig if model.causal else SamplingConfig)]
+    config_class = DecodingConfig if model.causal else SamplingConfig
+    names = [field.name for field in fields(config_class)]
     for name in settings:
         if name not in names:
             raise TypeError(f"{name!r} is not a setting of a {model.name} model; its settings are {', '.join(names)}")
+    if config is not None and not isinstance(config, config_class):
+        raise TypeError(f"a {model.name} model needs a {config_class.__name__}, got a {type(config).__name__}")
     if config is not None:
         return replace(config, **settings)
     return DecodingConfig(**settings) if model.causal else text_sampling(**settings)
@@ -174,8 +177,9 @@ class GeneratorTransformer:
         """
         if context_len is not None:  # LLaDA has no such setting
             arguments["context_len"] = context_len
-        arguments |= {"temperature": temperature, "max_out_tokens": max_out_tokens}
-        return generate_text(self.model, self.tokenizer, prompt, **arguments)
+        if temperature != 1.0 or arguments.get("config") is None:  # a config has a temperature of its own
+            arguments["temperature"] = temperature
+        return generate_text(self.model, self.tokenizer, prompt, max_out_tokens=max_out_tokens, **arguments)
 
     def stream(self, prompt: str = "", **arguments) -> Iterator[str]:
         """What `generate` writes after the prompt, piece by piece; its other arguments by name."""

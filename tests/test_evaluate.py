@@ -16,20 +16,20 @@ import evaluate
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from data import load_corpus
-from evaluation.counter import EvaluationCounter
-from evaluation.likelihoods import compare_estimators, mean_and_interval, paired_difference, student_t
+from evaluation.likelihoods import compare_estimators, mean_and_interval, paired_difference
 from evaluation.plots import PICTURES
 from evaluation.policies import compare_policies, compare_schedules
 from evaluation.report import report_text
 from evaluation.settings import FULL, QUICK, EvaluationSettings
 from evaluation.suite import Evaluation, select_checkpoints
 from generation.infilling import mask_predictor
-from likelihood import Likelihood, likelihood_bound, policy_likelihood
+from likelihood import Likelihood, likelihood_bound, policy_likelihood, student_t
 from model import MODELS, ModelConfig
 from tokenizer import MASK_ID, START_ID
 from trainer import TrainConfig
 from unmasking import UnmaskingPolicy
 from utils import console
+from utils.counter import EvaluationCounter
 from utils.errors import ArgumentError
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +177,7 @@ def test_one_model_alone_and_few_windows(runs):
     [
         (["out/llada/best.pt", "out/llada/best.pt"], "both llada"),
         (["--data", "other.txt"], "not the text"),
+        (["--data", "nowhere.txt"], "--data nowhere.txt: no such file"),
         (["out/none.pt"], "out/none.pt"),
         (["out/gpt/best.pt", "--compare-estimators"], "LLaDA"),
         (["--device", "abacus"], "--device abacus"),
@@ -246,7 +247,8 @@ def test_paired_difference_by_hand():
     b = Likelihood.from_token_nats([torch.tensor([[1.0, 1.0], [1.0, 1.0]])])
     result = paired_difference(a, b)
     assert result["nats_per_char"] == pytest.approx(1.5)
-    assert result["ci95"] == pytest.approx([1.5 - 1.96 * 0.5, 1.5 + 1.96 * 0.5])
+    half = 12.706 * 0.5  # Student's t of two windows, one degree of freedom
+    assert result["ci95"] == pytest.approx([1.5 - half, 1.5 + half])
 
 
 def test_optimal_schedules_are_scored_on_windows_that_did_not_choose_them():
@@ -272,13 +274,13 @@ def test_optimal_schedules_are_scored_on_windows_that_did_not_choose_them():
 
 
 def test_means_and_intervals():
-    """Student's t against its published quantiles; the mean is shifted, the interval with it."""
-    for freedom, exact in ((3, 3.182), (7, 2.365), (15, 2.131), (63, 1.998)):
+    """Student's t against its published quantiles."""
+    for freedom, exact in ((1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (15, 2.131), (63, 1.998)):
         assert student_t(freedom) == pytest.approx(exact, rel=0.012)
-    mean, ci95 = mean_and_interval(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]), offset=10.0)
+    mean, ci95 = mean_and_interval(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]))
     half = 2.365 * 6**0.5 / 8**0.5  # the variance of 1..8 is 6
-    assert mean == 14.5
-    assert ci95 == pytest.approx([14.5 - half, 14.5 + half], rel=1e-3)
+    assert mean == 4.5
+    assert ci95 == pytest.approx([4.5 - half, 4.5 + half], rel=1e-3)
     assert mean_and_interval(torch.tensor([1.0])) == (1.0, None)
 
 
@@ -304,6 +306,13 @@ def test_policies_are_compared_over_the_same_windows(runs):
     assert rows[-1]["nfe"] == T
     assert rows[-1]["nats_per_char"] == pytest.approx(bound.nats_per_char)
     assert rows[-1]["difference"] == pytest.approx(float((known - sweep).mean()))
+    variances = (sweep - known).var() / 5, bound.window_nats.div(T).var() / 20  # of the two parts of a figure
+    half = (2.776**2 * variances[0] + 2.093**2 * variances[1]).sqrt().item()  # 4 and 19 degrees of freedom
+    low, high = rows[0]["ci95"]
+    assert (high - low) / 2 == pytest.approx(half, rel=0.01)
+    everything = compare_policies(llada, windows, 20, policies[:1], bound, seed=0)[0]  # nothing is extrapolated
+    nats = policy_likelihood(mask_predictor(llada), windows, policies[0], MASK_ID)[0].window_nats / T
+    assert (everything["nats_per_char"], everything["ci95"]) == mean_and_interval(nats)
 
 
 # ------------------------------------------------------------------------------------------------- settings, counter

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 import generate
-from autoregressive import exact_nll
+from autoregressive import DecodingConfig, exact_nll
 from checkpoint import Checkpoint, save_checkpoint
 from generation import GeneratorTransformer, generate_text, generate_texts, infill, stream_texts
 from model import MODELS, ModelConfig
@@ -134,6 +134,15 @@ def test_the_stream_is_what_generate_writes():
     pieces = list(writer.stream("the", context_len=8, temperature=0.7, max_out_tokens=25))
     assert "the" + "".join(pieces) == text
     assert len(pieces) == 25
+
+
+def test_a_config_decides_about_the_temperature_unless_one_is_given():
+    writer, greedy = GeneratorTransformer(tiny_model("gpt"), TOKENIZER), DecodingConfig(temperature=0.0)
+    texts = {writer.generate("the", config=greedy, seed=seed, max_out_tokens=20) for seed in range(3)}
+    assert texts == {"the" + "".join(writer.stream("the", config=greedy, max_out_tokens=20))}
+    assert len({writer.generate("the", temperature=2.0, config=greedy, seed=seed) for seed in range(3)}) == 3
+    with pytest.raises(TypeError, match="a llada model needs a SamplingConfig, got a DecodingConfig"):
+        GeneratorTransformer(tiny_model("llada"), TOKENIZER).generate("the", config=greedy)
 
 
 # ------------------------------------------------------------------------------------------------- beams and tables

@@ -13,7 +13,7 @@ ROW = {"order": "sweep", "steps": 16, "threshold": None, "nfe": 16.0, "nats_per_
     ("ci95", "is_bound", "words"),
     [
         ([-0.01, 0.02], False, "not distinguishable"),
-        ([-0.01, 0.02], True, "not distinguishable"),
+        ([-0.01, 0.02], True, "bound not distinguishable"),
         ([0.01, 0.03], False, "higher"),
         ([0.01, 0.03], True, "bound is higher"),  # the loss itself may be lower
         ([-0.03, -0.01], False, "lower"),

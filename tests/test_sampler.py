@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -346,6 +347,18 @@ def test_orders_that_depend_on_draws_claim_no_exact_likelihood(flags):
         policy_likelihood(toy_predict, texts_of_the_toy(), policy, M)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.9}, {"repetition_penalty": 1.1}, {"cfg_scale": 1.0},
+     {"remask": "cap"}],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_change_the_drawn_distribution_claim_no_exact_likelihood(settings):
+    plain = SamplingConfig(order="margin", temperature=1.0)
+    assert plain.has_exact_likelihood
+    assert not replace(plain, **settings).has_exact_likelihood
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_random_order_has_an_upper_bound(steps):
     """Over many drawn orders, the mean of -log p given the order is above -log of the sampler's distribution."""
@@ -555,6 +568,7 @@ def test_a_policy_forced_along_a_text_reveals_what_the_sampler_revealed(flags):
         ({"order": "best"}, "order must be one of random, drawn_confidence"),
         ({"schedule": "square"}, "schedule must be uniform, cosine"),
         ({"schedule": [3, 3]}, "reveals 6 positions, but 5 are masked"),
+        ({"schedule": [2, 3], "steps": 2}, "steps does not go with a list of counts"),
         ({"threshold": 0.9, "factor": 1.0}, "threshold does not go with factor"),
         ({"threshold": 1.5}, "threshold must be at most 1"),
         ({"order": "strided", "schedule": "cosine"}, "does not go with the strided order"),

@@ -14,12 +14,12 @@ import torch
 from conftest import ROOT, TINY
 
 import train
-from checkpoint import load_checkpoint
+from checkpoint import CheckpointWriter, load_checkpoint, loss_of_weights
 from data import load_corpus, validation_windows
 from diffusion import DiffusionObjective
 from model import ENCODERS, MODELS
 from tokenizer import MASK_ID
-from trainer import OBJECTIVES, OPTIMIZERS, CheckpointWriter, TrainConfig, Trainer, loss_of_weights
+from trainer import OBJECTIVES, OPTIMIZERS, TrainConfig, Trainer
 from utils.console import progress
 from utils.errors import ArgumentError
 from utils.processes import Processes
@@ -451,6 +451,7 @@ def test_the_last_line_is_the_next_command(command, corpus_file):
         (["--resume"], ["out/llada/last.pt", "no such checkpoint"]),
         (["--resume", "--lr", "1"], ["--lr", "drop it"]),
         (["--resume", "--preset", "gpu"], ["--preset", "drop it"]),
+        (["--minutes", "0.0001"], ["--minutes 0.0001", "before the first step"]),
         (["--steps", "1", "--minutes", "1"], ["--minutes", "--steps"]),
     ],
 )

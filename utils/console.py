@@ -28,7 +28,9 @@ def run_program(main: Callable[[], None]) -> None:
     Only ValueError and OSError count as bad input: this project raises them with messages that name the argument or
     the file. Any other exception is a defect and keeps its traceback.
     """
-    program = sys.argv[0].rsplit("/", 1)[-1]
+    folder, _, program = sys.argv[0].rpartition("/")
+    if program == "__main__.py":
+        program = f"python -m {folder.rpartition('/')[2]}"
     try:
         main()
         sys.stdout.flush()
