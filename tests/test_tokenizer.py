@@ -35,6 +35,31 @@ def test_round_trips():
     assert again.id_to_char == tokenizer.id_to_char
 
 
+def test_names_of_special_tokens_in_a_text_are_text():
+    text = "".join(SPECIAL_TOKENS)
+    tokenizer = SimpleTokenizer(text)
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert ids.min() >= len(SPECIAL_TOKENS)
+    assert tokenizer.decode(ids) == text
+
+
+def test_every_token_of_text_is_one_character():
+    assert SimpleTokenizer("hello").characters_per_token.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert SimpleTokenizer("").characters_per_token.tolist() == [0, 0, 0, 0]
+
+
+def test_extended_tokenizers_keep_their_ids():
+    tokenizer = SimpleTokenizer("hello")
+    extended = tokenizer.extended("old 🙂 cold")
+    assert extended.characters == "ehlo cd🙂"
+    assert extended.encode("hello").tolist() == tokenizer.encode("hello").tolist()
+    assert extended.decode(extended.encode("cold 🙂")) == "cold 🙂"
+    assert SimpleTokenizer.from_dict(extended.to_dict()).char_to_id == extended.char_to_id
+    assert extended.extended("hello").to_dict() == extended.to_dict()
+    assert tokenizer.characters == "ehlo"
+
+
 def test_texts_longer_than_a_chunk_are_encoded_completely():
     text = "ab" * (CHUNK // 2) + "c" * 3
     tokenizer = SimpleTokenizer("abc")
