@@ -1,5 +1,7 @@
 """The layers of the default network (arch="rotary"): attention, short convolution, n-gram tables, key/value cache.
 
+At the end: the parametrizations of weights that fine-tuning uses, for both architectures.
+
 Layers take sizes and know no configuration. Parameters that project onto the residual stream start at zero.
 
 Letters: B batch, T positions, S positions that attention sees, V vocabulary, C embedding, H heads, D = C / H, L layers,
@@ -7,10 +9,12 @@ K taps of the convolution, N chosen positions.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 TAPS = 5  # K, positions that the convolution sees: t-4..t (causal) or t-2..t+2 (centred)
 NGRAMS = {  # causal? -> the offsets of the tokens that make each kind of n-gram
@@ -135,18 +139,19 @@ def select(x: Tensor, at: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero.
 
-    The row of an n-gram is the number that its tokens spell in base V, modulo the rows. Every kind has its own table,
-    so that a rare long n-gram never shares a row with a frequent short one.
+    The row of an n-gram is the number that its tokens spell in this base, modulo the rows. Every kind has its own
+    table, so that a rare long n-gram never shares a row with a frequent short one. With base = V, different n-grams are
+    different numbers. A base that stays when V grows keeps the rows of the old n-grams.
     """
 
-    def __init__(self, vocab_size: int, n_embd: int, rows: int, dropout: float, causal: bool):
+    def __init__(self, base: int, n_embd: int, rows: int, dropout: float, causal: bool):
         super().__init__()
         kinds, self.rows = NGRAMS[causal], rows
         self.left, self.right = -min(map(min, kinds)), max(map(max, kinds))
-        digits = torch.zeros(len(kinds), self.left + 1 + self.right, dtype=torch.long)  # (n, W) place values, base V
+        digits = torch.zeros(len(kinds), self.left + 1 + self.right, dtype=torch.long)  # (n, W) place values
         for row, offsets in zip(digits, kinds, strict=True):
             for place, offset in enumerate(reversed(offsets)):
-                row[self.left + offset] = pow(vocab_size, place, rows)
+                row[self.left + offset] = pow(base, place, rows)
         self.register_buffer("digits", digits, persistent=False)
         self.register_buffer("first_rows", rows * torch.arange(len(kinds)), persistent=False)
         zeros = torch.zeros(rows * len(kinds), n_embd)
@@ -252,3 +257,55 @@ class Block(nn.Module):
         x = x + self.conv(x, cache.inputs[self.layer] if cache is not None else None)
         x = select(x, at) + self.dropout(self.attention(norm(x), rotations, pad, cache, at))
         return x + self.dropout(self.mlp(norm(x)))
+
+
+# ------------------------------------------------------------------------------------------------- parametrizations
+LORA_ALPHA = 16.0  # the adapters' scale is LORA_ALPHA / rank
+
+
+class LowRank(nn.Module):
+    """LoRA (arXiv 2106.09685): W (R, C) -> W + (alpha / r) B A, with B (R, r) and A (r, C), as a parametrization of W.
+
+    B starts at zero, so the weight is unchanged at first, bit for bit. A's entries have variance 1/C: A x is of the
+    size of x. The product is formed each time the weight is read: merge the adapters before decoding long texts.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator | None = None):
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, columns, generator=generator) / math.sqrt(columns))
+        self.b = nn.Parameter(torch.zeros(rows, rank))
+        self.scale = LORA_ALPHA / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.b @ self.a)
+
+
+class SplitRows(nn.Module):
+    """A weight kept in two parts, the rows of old tokens and the rows of new ones, so that one part can be frozen."""
+
+    def __init__(self, old: int):
+        super().__init__()
+        self.old = old
+
+    def forward(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old, new])
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts, from which `register_parametrization` makes the parameters original0 and original1."""
+        return weight[: self.old].clone(), weight[self.old :].clone()
+
+
+def matrices(encoder: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The (module, name of its weight) of all attention and MLP weights, of either architecture."""
+    for module in encoder.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield module, "in_proj_weight"
+        elif isinstance(module, nn.Linear):
+            yield module, "weight"
+
+
+def add_low_rank(encoder: nn.Module, rank: int, generator: torch.Generator | None = None) -> None:
+    """Give every attention and MLP weight an adapter."""
+    for module, name in list(matrices(encoder)):
+        register_parametrization(module, name, LowRank(getattr(module, name), rank, generator))

@@ -8,15 +8,29 @@ Letters: B batch, T positions, V vocabulary, C embedding, H heads, L layers, N c
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
-from layers import Block, KeyValueCache, NgramEmbedding, attention_mask, linear, norm, rotary_table, select
+from layers import (
+    Block,
+    KeyValueCache,
+    LowRank,
+    NgramEmbedding,
+    SplitRows,
+    add_low_rank,
+    attention_mask,
+    linear,
+    norm,
+    rotary_table,
+    select,
+)
 from utils.errors import ArgumentError, check_number
 
 NEVER_PREDICTED = 3  # ids 0, 1, 2 are [PAD], [MASK], [START]: their logits are -inf by construction (MDLM's SUBS)
+SEGMENTS = ("window", "speech", "paragraph", "line", "pairs")  # what a row of training text is, see data.py
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,9 @@ class ModelConfig:
     arch: str = "rotary"  # or "vanilla"
     ngram_dropout: float = 0.0  # of the n-gram tables, which overfit first
     ngram_rows: int = 65521  # of each table, a prime: pairs of up to 255 tokens never share a row, longer n-grams may
+    segments: str = "window"  # what a row of its training text was: what the model writes between [START] and [END]
+    ngram_base: int | None = None  # base of the n-gram hashes (None: V). Set when V grows: ids from it on are new
+    lora_rank: int = 0  # of the low-rank adapters; 0: none. All other weights are frozen, but for the rows of new ids
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer", "ngram_rows"):
@@ -44,6 +61,11 @@ class ModelConfig:
             )
         if self.arch not in ENCODERS:
             raise ArgumentError("arch", f"must be one of {', '.join(ENCODERS)}, got {self.arch!r}")
+        if self.segments not in SEGMENTS:
+            raise ArgumentError("segments", f"must be one of {', '.join(SEGMENTS)}, got {self.segments!r}")
+        if self.ngram_base is not None:
+            check_number("ngram_base", self.ngram_base, low=1)
+        check_number("lora_rank", self.lora_rank, low=0, high=self.n_embd)
 
     to_dict = asdict
 
@@ -55,7 +77,8 @@ class RotaryEncoder(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.ngrams = NgramEmbedding(config.vocab_size, config.n_embd, config.ngram_rows, config.ngram_dropout, causal)
+        base = config.ngram_base or config.vocab_size
+        self.ngrams = NgramEmbedding(base, config.n_embd, config.ngram_rows, config.ngram_dropout, causal)
         self.blocks = nn.ModuleList(
             Block(config.n_embd, config.n_head, config.dropout, causal, layer) for layer in range(config.n_layer)
         )
@@ -150,6 +173,23 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         never = torch.arange(config.vocab_size) < NEVER_PREDICTED
         self.register_buffer("never", never, persistent=False)
+        if config.lora_rank:
+            self._adapt()
+
+    def _adapt(self, generator: torch.Generator | None = None) -> None:
+        """Add adapters of rank config.lora_rank, and freeze everything else but the rows of ids from ngram_base on.
+
+        Those are tokens that the weights were not trained on. No adapter could learn their rows.
+        """
+        add_low_rank(self.encoder, self.config.lora_rank, generator)
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, LowRank):
+                module.requires_grad_(True)
+        if (self.config.ngram_base or self.config.vocab_size) < self.config.vocab_size:
+            for module in (self.encoder.embedding, self.head):
+                register_parametrization(module, "weight", SplitRows(self.config.ngram_base))
+                module.parametrizations.weight.original1.requires_grad_(True)
 
     def forward(
         self,
@@ -182,9 +222,18 @@ class Transformer(nn.Module):
         head_dim = config.n_embd // config.n_head
         return KeyValueCache(batch_size, config.n_layer, config.n_head, head_dim, max_len, self.device)
 
+    @property
+    def is_segmented(self) -> bool:
+        """Whether the model writes texts that end: utterances or answers, and not windows of running text."""
+        return self.config.segments != "window"
+
     def num_parameters(self) -> int:
-        """Trainable parameters, embeddings included."""
+        """All parameters, embeddings and adapters included."""
         return sum(p.numel() for p in self.parameters())
+
+    def num_trainable(self) -> int:
+        """The parameters that are not frozen: all of them, or with lora_rank > 0 those of `lora_state`."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def num_looked_up(self) -> int:
         """How many of the parameters are rows of embeddings and n-gram tables: looked up, not multiplied."""
@@ -194,9 +243,12 @@ class Transformer(nn.Module):
         """Training FLOPs per token of a window of T, forward and backward: 6 per weight and 12 C T per layer.
 
         From PaLM, arXiv 2204.02311, appendix B. Embeddings are looked up, not multiplied, and count nothing. The masked
-        half of causal attention counts like the other.
+        half of causal attention counts like the other. So does a weight with an adapter like one without: its gradient
+        is computed first, and that of the adapter from it. The product B A is formed once a step, not for each token,
+        and counts nothing.
         """
-        weights = self.num_parameters() - self.num_looked_up()
+        adapters = sum(p.numel() for m in self.modules() if isinstance(m, LowRank) for p in m.parameters())
+        weights = self.num_parameters() - self.num_looked_up() - adapters
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
 
 
@@ -213,6 +265,78 @@ class LLaDAModel(Transformer):
 
 
 MODELS = {"llada": LLaDAModel, "gpt": GPT}
+
+
+# ------------------------------------------------------------------------------------------------- fine-tuning
+def merged_state(model: Transformer) -> dict[str, Tensor]:
+    """The state_dict of the model without parametrizations: their weights as they are read, under their plain names."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        path, _, parametrization = name.partition(".parametrizations.")
+        if parametrization:
+            weight = parametrization.partition(".")[0]
+            name, tensor = f"{path}.{weight}", getattr(model.get_submodule(path), weight).detach()
+        state[name] = tensor
+    return state
+
+
+def rebuilt(model: Transformer, state: dict[str, Tensor], **changes) -> Transformer:
+    """A new model of the same kind on the CPU, with this state and these changes of the configuration."""
+    with torch.random.fork_rng(devices=[]):  # its initial weights are replaced: leave the generator as it was
+        new = type(model)(replace(model.config, **changes))
+    new.load_state_dict(state)
+    return new.train(model.training)
+
+
+def add_lora(model: Transformer, rank: int, generator: torch.Generator | None = None) -> Transformer:
+    """A copy with low-rank adapters on its attention and MLP weights and with the same outputs, bit for bit.
+
+    Only the adapters require gradients, and the rows of tokens that `extend_vocabulary` added. If the model has
+    adapters already, they are merged first. Raises ArgumentError for a rank outside 1..n_embd.
+    """
+    check_number("lora_rank", rank, low=1)
+    adapted = merge_lora(model).cpu()
+    adapted.config = replace(adapted.config, lora_rank=rank)
+    adapted._adapt(generator)
+    return adapted.to(model.device)
+
+
+def merge_lora(model: Transformer) -> Transformer:
+    """A copy without adapters, each added to its weight: lora_rank 0, the same outputs up to rounding."""
+    return rebuilt(model, merged_state(model), lora_rank=0).to(model.device)
+
+
+def lora_state(model: Transformer) -> dict[str, Tensor]:
+    """All that is trained in a model with adapters: these and the rows of new tokens, by their names in the state_dict.
+
+    `model.load_state_dict(model.state_dict() | adapters)` puts them into a model that `add_lora` made.
+    """
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def extend_vocabulary(model: Transformer, vocab_size: int, generator: torch.Generator | None = None) -> Transformer:
+    """A copy with new ids after the old ones, whose rows, n-grams and logits stay as they are, bit for bit.
+
+    A new id's row of the head is the mean of those of the old ids. Its logit is then the mean of their logits. So it is
+    at most as likely as they are on average (Jensen), and never forbidden: the loss on old text grows by at most
+    log(1 + new / old). Its embedding is the mean too (Hewitt 2021, "Initializing new word embeddings"), with noise of a
+    tenth of their standard deviation, so that new ids differ. "Old ids" are those that can be predicted.
+
+    Adapters are merged. Returns the model itself if it has this vocabulary already. Raises ArgumentError if it has a
+    larger one.
+    """
+    check_number("vocab_size", vocab_size, low=model.config.vocab_size)
+    new = vocab_size - model.config.vocab_size
+    if not new:
+        return model
+    state = {name: tensor.cpu() for name, tensor in merged_state(model).items()}
+    embedding, head = state["encoder.embedding.weight"], state["head.weight"]  # (V, C) each
+    std, mean = torch.std_mean(embedding[NEVER_PREDICTED:], dim=0)
+    noise = torch.randn(new, len(mean), generator=generator)
+    state["encoder.embedding.weight"] = torch.cat([embedding, mean + 0.1 * std * noise])
+    state["head.weight"] = torch.cat([head, head[NEVER_PREDICTED:].mean(0).expand(new, -1)])
+    base = model.config.ngram_base or model.config.vocab_size
+    return rebuilt(model, state, vocab_size=vocab_size, ngram_base=base, lora_rank=0).to(model.device)
 
 
 def main() -> None:

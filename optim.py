@@ -88,16 +88,19 @@ def build_optimizers(
     would move a row that was used once as far as the most frequent one, and overfit. `ngram_lr` is per token: a row
     moves by ngram_lr times the gradient of each token's loss. A step's loss is the mean over `tokens_per_step` tokens,
     so SGD's rate is their product. Every group stores its `initial_lr`, which `set_learning_rate` scales.
+
+    Frozen parameters have no optimizer, and an optimizer without parameters is left out. Low-rank adapters, and the
+    parts of any other weight that is parametrized, are AdamW's.
     """
     blocks = getattr(model.encoder, "blocks", nn.ModuleList())
-    linear = {name: m.weight for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    linear = trainable_weights(blocks, nn.Linear)
     fused = [weight for name, weight in linear.items() if name.endswith("qkv")]
     single = [weight for name, weight in linear.items() if not name.endswith("qkv")]
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)] if linear else []
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)]  # n-grams
+    embeddings = list(trainable_weights(model, nn.Embedding).values()) if len(blocks) else []
+    tables = list(trainable_weights(model, nn.EmbeddingBag).values())  # n-grams
     chosen = {id(p) for p in [*fused, *single, *embeddings, *tables]}
     groups = [
-        {"params": [p for p in model.parameters() if id(p) not in chosen]},
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]},
         {"params": embeddings, "lr": LR_RATIO * lr},
     ]
     optimizers: list[torch.optim.Optimizer] = []
@@ -109,11 +112,22 @@ def build_optimizers(
     if tables:
         optimizers.append(torch.optim.SGD(tables, lr=ngram_lr * tokens_per_step))
     groups = [group for group in groups if group["params"]]
-    optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def trainable_weights(module: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Parameter]:
+    """{name of a submodule of this kind: its weight}, for the weights that are parameters and not frozen.
+
+    A parametrized weight is not a parameter: it is computed from others.
+    """
+    parameters = dict(module.named_parameters())
+    names = {name: f"{name}.weight" for name, submodule in module.named_modules() if isinstance(submodule, kind)}
+    return {name: parameters[key] for name, key in names.items() if key in parameters and parameters[key].requires_grad}
 
 
 def learning_rate_factor(progress: float, warmup: float = 0.02, cooldown: float = 0.6) -> float:

@@ -85,6 +85,47 @@ def test_left_padding_changes_nothing(name, arch):
     assert torch.allclose(logits[0, 3:, 3:], alone[0, :, 3:], atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("arch", ENCODERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_stands_in_the_padding_changes_no_logit(name, arch, training):
+    """Nor a gradient: no position of a text sees any of it, bit for bit."""
+    model, pad = random_model(name, arch).train(training), torch.tensor([3, 0, 7])
+    is_text = torch.arange(T) >= pad[:, None]
+    results = []
+    for garbage in (0, 1, 3, V - 1):
+        x = tokens(3).masked_fill(~is_text, garbage)
+        with torch.set_grad_enabled(training):
+            logits = model(x, pad=pad)[is_text][:, 3:]
+        results.append([logits.detach()])
+        if training:
+            loss = logits.logsumexp(-1).mean()
+            results[-1] += torch.autograd.grad(loss, list(model.parameters()))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_padding_behind_a_text_changes_nothing_in_gpt(arch):
+    """Segments and pairs are padded at the right, where causality hides it. LLaDA's rows hold no padding."""
+    model, x = random_model("gpt", arch).train(), tokens()
+    garbage = x.clone()
+    garbage[:, 7:] = torch.tensor([0, 1, 2, 3, 4])
+    assert torch.equal(model(garbage)[:, :7], model(x)[:, :7])
+    torch.testing.assert_close(model(x[:, :7])[..., 3:], model(x)[:, :7, 3:], rtol=1e-5, atol=1e-5)
+
+
+def test_what_stands_in_the_padding_changes_nothing_with_a_cache():
+    model, pad = random_model("gpt", "rotary"), torch.tensor([3, 0])
+    x, is_text = tokens(), torch.arange(T) >= pad[:, None]
+    with torch.inference_mode():
+        expected = model(x, pad=pad)[..., 3:]
+        cache = model.new_cache(2, T)
+        parts = x.masked_fill(~is_text, 1).split([2, 5, 1, 1, T - 9], dim=1)
+        cached = torch.cat([model(part, pad=pad, cache=cache)[..., 3:] for part in parts], dim=1)
+    torch.testing.assert_close(cached[is_text], expected[is_text], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunks", [[1] * T, [5, 1, 1, 5], [T]])
 def test_cached_logits_equal_recomputed_ones(chunks):
     model, x = random_model("gpt", "rotary"), tokens()
