@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from likelihood import Likelihood
+from data import Rows
+from likelihood import Likelihood, Predict
 from logits import LogitsConfig, draw, penalize_repetition, probabilities, row_generators, uniforms
 from model import GPT
 from tokenizer import END_ID, PAD_ID, START_ID
 from utils.errors import ArgumentError, check_number
+
+IGNORED = -100  # a target that counts nowhere
 
 
 # ------------------------------------------------------------------------------------------------- loss, likelihood
@@ -31,9 +34,16 @@ def causal_inputs(sequences: Tensor, start_token_id: int) -> Tensor:
     return torch.cat([start, sequences[:, :-1]], dim=1)
 
 
-def compute_gpt_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Next-token cross-entropy of logits (B, T, V) against targets (B, T): exact, in nats/token, mean over B T."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def compute_gpt_loss(logits: Tensor, targets: Tensor, units: Tensor | None = None) -> Tensor:
+    """Next-token cross-entropy of logits (B, T, V) against targets (B, T): exact, in nats/token, mean over B T.
+
+    Targets that are IGNORED do not count. With `units` (B,), the sum is divided by their sum: with each row's
+    characters of text, the loss is in nats/character.
+    """
+    if units is None:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return losses / units.sum()
 
 
 @torch.inference_mode()
@@ -56,7 +66,8 @@ class CausalBatch(NamedTuple):
     """What one training step needs, B rows each."""
 
     inputs: Tensor  # (B, T) [START] and all tokens but the last
-    targets: Tensor  # (B, T) the token that follows each input
+    targets: Tensor  # (B, T) the token that follows each input; IGNORED where none is to be predicted
+    units: Tensor  # (B,) the mean number of characters in a row of the whole batch: its parts weigh alike
 
 
 class CausalObjective:
@@ -64,35 +75,38 @@ class CausalObjective:
 
     is_bound = False
 
-    def make_batch(self, sequences: Tensor, generator: torch.Generator | None = None) -> CausalBatch:
-        """Windows (B, T) -> inputs and targets. Nothing is random: `generator` is not used."""
-        return CausalBatch(causal_inputs(sequences, START_ID), sequences)
+    def make_batch(self, rows: Rows, generator: torch.Generator | None = None) -> CausalBatch:
+        """Rows -> inputs and targets. Nothing is random: `generator` is not used.
+
+        [PAD] stands at the right, where no position before it sees it, and is no target; neither is what is given.
+        """
+        units = rows.characters.float().mean().expand(len(rows.tokens))
+        targets = rows.tokens.masked_fill(~rows.counted, IGNORED)
+        return CausalBatch(causal_inputs(rows.tokens, START_ID), targets, units)
 
     def predict(self, model: Callable[[Tensor], Tensor], batch: CausalBatch) -> Tensor:
         """Logits (B, T, V) for `loss`."""
         return model(batch.inputs)
 
     def loss(self, logits: Tensor, batch: CausalBatch) -> Tensor:
-        """Exact negative log-likelihood in nats/token, the mean over the batch."""
-        return compute_gpt_loss(logits, batch.targets)
+        """Exact negative log-likelihood in nats/character, the mean over the batch."""
+        return compute_gpt_loss(logits, batch.targets, batch.units)
 
     def likelihood(
-        self,
-        predict: Callable[[Tensor], Tensor],
-        windows: list[Tensor],
-        *,
-        pairs: int = 8,
-        batch_size: int = 128,
-        seed: int = 0,
+        self, predict: Predict, batches: list[Rows], *, pairs: int = 8, batch_size: int = 128, seed: int = 0
     ) -> Likelihood:
-        """Exact likelihood of windows, a list with one (N, T) tensor for each length.
+        """Exact likelihood of rows, in nats/character: of segments with their [END]s, of pairs given their prompts.
 
         `pairs` and `seed` belong to the diffusion bound; they are not used. Raises ValueError if there is no text.
         """
-        parts = [part for part in windows if part.numel()]
-        if not parts:
+        batches = [rows for rows in batches if rows.tokens.numel()]
+        if not batches:
             raise ValueError("there is no text to score")
-        return Likelihood.from_token_nats([exact_nll(predict, part, START_ID, batch_size).cpu() for part in parts])
+        nats = [
+            exact_nll(predict, rows.tokens, START_ID, batch_size).masked_fill(~rows.counted, 0.0).cpu()
+            for rows in batches
+        ]
+        return Likelihood.from_token_nats(nats).per(torch.cat([rows.characters for rows in batches]))
 
 
 # ------------------------------------------------------------------------------------------------- settings

@@ -1,221 +1,263 @@
-"""Text: download, corpora, the split by position, windows and batches.
+"""Text: corpora, the split by position, and the rows of tokens that the models learn from and are scored on.
 
-The characters of a corpus are turned into ids once. Small corpora stay in memory. Large ones are memory-mapped from a
-file of ids beside the text, so that memory does not grow with the corpus.
+A corpus is turned into ids once. Small corpora stay in memory. Large ones are memory-mapped from a file of ids beside
+the text, so that memory does not grow with the corpus. There are three kinds of rows:
+
+    window    running text                       First Citizen:\\nBefore we proceed any further, hear me ...
+    segments  [START] utterance [END] [PAD] ...  one speech, paragraph or line in each row
+    pairs     [START] prompt [START] completion [END] [PAD] ...
+
+Letters: N rows, B rows of a batch, T tokens of a row.
 """
 
-import codecs
 import hashlib
 import json
 import mmap
-import time
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer import SimpleTokenizer
+from tokenizer import END_ID, PAD_ID, START_ID, SimpleTokenizer, Tokenizer, tokenizer_from_dict
 from utils.console import run_program, say
+from utils.download import download
 from utils.errors import ArgumentError
-from utils.files import atomic_write
+from utils.files import FileText, mapped_cache, sha256_of
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CACHE = Path(__file__).parent / "corpora"
 IN_MEMORY_BYTES = 64 << 20  # larger texts are memory-mapped
-CHUNK_BYTES = 1 << 24
+SEPARATORS = {"speech": "\n\n", "paragraph": "\n\n", "line": "\n"}  # what stands between the segments of a text
+PAIRS = "pairs"
+CUTS = (r"\n", r"[.!?]\s", r"\s")  # where segments longer than a row are cut: ends of lines, of sentences, of words
 
-
-# ------------------------------------------------------------------------------------------------- download
-def download_tinyshakespeare(
-    path: str | Path,
-    url: str = TINYSHAKESPEARE_URL,
-    sha256: str = TINYSHAKESPEARE_SHA256,
-    attempts: int = 3,
-    timeout: float = 10.0,
-) -> Path:
-    """Download the corpus to `path`, streamed, checked by status and hash, and written atomically.
-
-    Raises OSError with the reason after `attempts` tries. Then nothing is left behind, and a file that was at `path`
-    before is unchanged.
-    """
-    import requests
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    problem = "no attempt made"
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(min(2 ** (attempt - 1), 5))
-        try:
-            with atomic_write(path) as temporary:
-                with requests.get(url, stream=True, timeout=timeout) as response, open(temporary, "wb") as file:
-                    response.raise_for_status()
-                    for chunk in response.iter_content(1 << 16):
-                        file.write(chunk)
-                if (received := sha256_of(temporary)) != sha256:
-                    raise ValueError(f"its SHA-256 is {received[:16]}..., expected {sha256[:16]}...")
-            return path
-        except (requests.RequestException, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-    raise OSError(f"could not download {url}: {problem}")
+MakeTokenizer = Callable[[Iterable[str]], Tokenizer]  # from the parts of a text, which can be read more than once
 
 
 # ------------------------------------------------------------------------------------------------- corpora
+class Pair(NamedTuple):
+    """A prompt and what is to be written after it."""
+
+    prompt: str
+    completion: str
+
+
 @dataclass
 class Corpus:
-    """A text as ids."""
+    """A text as ids, or pairs."""
 
     name: str  # "tinyshakespeare", "pydoc" or an absolute path: what `load_corpus` takes
     sha256: str  # of the UTF-8 text
-    tokenizer: SimpleTokenizer
-    ids: Tensor  # (characters,), unsigned integers
+    tokenizer: Tokenizer
+    ids: Tensor  # (tokens,), unsigned integers; empty for pairs
     mapping: mmap.mmap | None = None  # where `ids` are, if they are memory-mapped
+    pairs: list[Pair] | None = None
 
     def forget_pages(self) -> None:
         """Drop the pages of a memory-mapped text from resident memory, where every window read leaves some."""
         if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED)
 
-    def split(self, val_fraction: float) -> tuple[Tensor, Tensor]:
-        """(training ids, validation ids): the last `val_fraction` of the text is for validation."""
-        cut = int(len(self.ids) * (1 - val_fraction) + 1e-6)
+    def split(self, val_fraction: float) -> tuple[Tensor, Tensor] | tuple[list[Pair], list[Pair]]:
+        """(training part, validation part): ids, or pairs. The last `val_fraction` of the text is for validation."""
+        if self.pairs is not None:
+            cut = training_length(len(self.pairs), val_fraction)
+            return self.pairs[:cut], self.pairs[cut:]
+        cut = training_length(len(self.ids), val_fraction)
+        if not isinstance(self.tokenizer, SimpleTokenizer):  # the split is by characters, whatever the tokens are
+            ends = np.cumsum(self.tokenizer.characters_per_token[self.ids.numpy()])
+            cut = int(np.searchsorted(ends, training_length(int(ends[-1]), val_fraction), side="left")) + 1
         return self.ids[:cut], self.ids[cut:]
 
-    def check_windows(self, val_fraction: float, seq_length: int) -> None:
-        """Raise ValueError if either part is shorter than one window."""
-        for part, ids in zip(("train", "validate"), self.split(val_fraction), strict=True):
-            if len(ids) < seq_length:
-                raise ValueError(
-                    f"{len(ids)} characters to {part} on are too few for one window of {seq_length}: use a longer "
-                    "text (--data), a smaller --block-size or another --val-fraction"
-                )
+    def check_part(self, part: Tensor | list, purpose: str, block_size: int, segments: str) -> None:
+        """Raise ValueError if a part of the text is shorter than one row."""
+        if len(part) < (block_size if segments == "window" else 1):
+            raise ValueError(
+                f"{len(part)} tokens to {purpose} on are too few for one window of {block_size}: use a longer "
+                "text (--data), a smaller --block-size or another --val-fraction"
+            )
 
 
-def load_corpus(name: str | None = None) -> Corpus:
+def training_length(length: int, val_fraction: float) -> int:
+    """How many of `length` characters or pairs are to train on.
+
+    >>> training_length(1000, val_fraction=0.1)
+    900
+    """
+    return int(length * (1 - val_fraction) + 1e-6)
+
+
+def training_texts(texts: Iterable[str], val_fraction: float) -> Iterator[str]:
+    """The training part of a text that is given in parts."""
+    left = training_length(sum(map(len, texts)), val_fraction)
+    for text in texts:
+        yield text[:left]
+        left = max(0, left - len(text))
+
+
+def load_corpus(name: str | None = None, make_tokenizer: MakeTokenizer | None = None) -> Corpus:
     """A corpus by name ("tinyshakespeare", "pydoc") or path of a UTF-8 file.
 
-    None is TinyShakespeare, or pydoc with a warning if that cannot be downloaded. Raises OSError if a named corpus
-    cannot be downloaded or read, ArgumentError for a missing file, ValueError for one that is not UTF-8 text.
+    None is TinyShakespeare, or pydoc with a warning if that cannot be downloaded. make_tokenizer: by default the
+    tokenizer knows the characters of the text. Raises OSError if a named corpus cannot be downloaded or read,
+    ArgumentError for a missing file, ValueError for one that is not UTF-8 text.
     """
     if name is None:
         try:
-            return load_corpus("tinyshakespeare")
+            return load_corpus("tinyshakespeare", make_tokenizer)
         except OSError as error:
             bar = "!" * 100
             say(f"{bar}\nWARNING: no TinyShakespeare: {error}")
             say("Training instead on the documentation that ships with Python (pydoc_data.topics).")
             say(f"To train on another text, pass --data FILE.\n{bar}")
-            return load_corpus("pydoc")
+            return load_corpus("pydoc", make_tokenizer)
     if name == "pydoc":
         from pydoc_data.topics import topics
 
         text = "\n\n".join(topics[key] for key in sorted(topics))
-        return corpus_from_text("pydoc", text)
+        return corpus_from_text("pydoc", text, make_tokenizer)
     if name == "tinyshakespeare":
         path = CACHE / "tinyshakespeare.txt"
         if not path.exists() or sha256_of(path) != TINYSHAKESPEARE_SHA256:
             say("downloading TinyShakespeare ...")
-            download_tinyshakespeare(path)
-        return load_file(path, name)
+            download(path, TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256)
+        return load_file(path, name, make_tokenizer)
     if not Path(name).is_file():
         raise ArgumentError("data", f"{name}: no such file; give a UTF-8 text file, tinyshakespeare or pydoc")
-    return load_file(Path(name), str(Path(name).resolve()))
+    return load_file(Path(name), str(Path(name).resolve()), make_tokenizer)
 
 
-def corpus_from_text(name: str, text: str) -> Corpus:
+def corpus_from_text(name: str, text: str, make_tokenizer: MakeTokenizer | None = None) -> Corpus:
     """A corpus held in memory. Raises ValueError for an empty text."""
     if not text:
         raise ValueError(f"{name}: the text is empty")
-    tokenizer = SimpleTokenizer(text)
+    tokenizer = make_tokenizer([text]) if make_tokenizer else SimpleTokenizer(text)
     sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return Corpus(name, sha256, tokenizer, torch.from_numpy(tokenizer.encode(text)))
 
 
-def load_file(path: Path, name: str) -> Corpus:
+def load_file(path: Path, name: str, make_tokenizer: MakeTokenizer | None = None) -> Corpus:
     """A UTF-8 file as a corpus, memory-mapped if it is larger than IN_MEMORY_BYTES. Raises ValueError, OSError."""
     if path.stat().st_size > IN_MEMORY_BYTES:
-        return map_file(path, name)
-    return corpus_from_text(name, "".join(read_text(path)))
+        return map_file(path, name, make_tokenizer)
+    return corpus_from_text(name, "".join(FileText(path)), make_tokenizer)
 
 
-def read_text(path: Path) -> Iterator[str]:
-    """The file's text in chunks. Raises ValueError with the file and the position if it is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            try:
-                yield decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                position = file.tell() - len(chunk) + error.start
-                raise ValueError(f"{path}: not UTF-8 text (near byte {position}): convert it first") from None
-    if decoder.getstate()[0]:
-        raise ValueError(f"{path}: not UTF-8 text (it ends inside a character): convert it first")
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def map_file(path: Path, name: str) -> Corpus:
+def map_file(path: Path, name: str, make_tokenizer: MakeTokenizer | None = None) -> Corpus:
     """Memory-map the ids of a text file from PATH.ids, which is built on first use and when the text has changed.
 
-    PATH.ids.json holds the hash of the text, and its size and modification time, so that an unchanged text need not be
-    read again. Both files are written atomically, PATH.ids.json last.
+    A tokenizer other than that of the text's own characters has a file of its own.
     """
-    ids_path, note_path = path.with_name(path.name + ".ids"), path.with_name(path.name + ".ids.json")
-    stat = path.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    note = json.loads(note_path.read_text()) if note_path.exists() and ids_path.exists() else None
-    if note is None or (note["stamp"] != stamp and note["sha256"] != sha256_of(path)):
-        note = build_ids(path, ids_path)
-    if note.get("stamp") != stamp:
-        note["stamp"] = stamp
-        with atomic_write(note_path) as temporary:
-            temporary.write_text(json.dumps(note))
-    tokenizer = SimpleTokenizer.from_dict(note["tokenizer"])
-    with open(ids_path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch wants a writable array
-    ids = np.frombuffer(mapping, dtype=tokenizer.dtype)
-    if len(ids) != note["length"]:
-        raise ValueError(f"{ids_path}: {len(ids)} ids, expected {note['length']}: delete it to have it rebuilt")
-    return Corpus(name, note["sha256"], tokenizer, torch.from_numpy(ids), mapping)
+    tokenizer = make_tokenizer(FileText(path)) if make_tokenizer else None
+    label = f".{hashlib.sha256(json.dumps(tokenizer.to_dict()).encode()).hexdigest()[:8]}" if tokenizer else ""
+
+    def build(target: Path) -> dict:
+        say(f"{path}: encoding once into {path}{label}.ids ...")
+        chosen = tokenizer or SimpleTokenizer("".join(set().union(*FileText(path))))
+        with open(target, "wb") as file:
+            for text in FileText(path):
+                file.write(chosen.encode(text))
+        return chosen.to_dict()
+
+    mapping, sha256, state = mapped_cache(path, path.with_name(f"{path.name}{label}.ids"), build)
+    tokenizer = tokenizer or tokenizer_from_dict(state)
+    ids = torch.from_numpy(np.frombuffer(mapping, dtype=tokenizer.dtype))
+    return Corpus(name, sha256, tokenizer, ids, mapping)
 
 
-def build_ids(path: Path, ids_path: Path) -> dict:
-    """Encode a text file in two streaming passes (characters, then ids); returns the content of PATH.ids.json."""
-    say(f"{path}: encoding once into {ids_path} ...")
-    characters: set[str] = set()
-    for text in read_text(path):
-        characters.update(text)
-    tokenizer = SimpleTokenizer("".join(characters))
-    length = 0
-    with atomic_write(ids_path) as temporary, open(temporary, "wb") as file:
-        for text in read_text(path):
-            file.write(tokenizer.encode(text))
-            length += len(text)
-    return {"sha256": sha256_of(path), "length": length, "tokenizer": tokenizer.to_dict()}
+def load_pairs(path: str, make_tokenizer: MakeTokenizer | None = None) -> Corpus:
+    """Pairs from a file of JSON lines, {"prompt": ..., "completion": ...}. Raises ValueError naming the first bad line,
+    and ArgumentError for a missing file."""
+    if not Path(path).is_file():
+        raise ArgumentError("pairs", f'{path}: no such file; give lines of {{"prompt": ..., "completion": ...}}')
+    text = "".join(FileText(Path(path)))
+    pairs = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            pair = Pair(entry["prompt"], entry["completion"])
+        except (ValueError, KeyError, TypeError):
+            pair = None
+        if pair is None or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}')
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"{path}: holds no pairs")
+    texts = [part for pair in pairs for part in pair]
+    tokenizer = make_tokenizer(texts) if make_tokenizer else SimpleTokenizer("".join(set().union(*texts)))
+    empty = torch.from_numpy(tokenizer.encode(""))
+    sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Corpus(str(Path(path).resolve()), sha256, tokenizer, empty, pairs=pairs)
 
 
-# ------------------------------------------------------------------------------------------------- windows and batches
+def load_same_corpus(known: dict, segments: str, tokenizer: Tokenizer, name: str | None = None) -> Corpus:
+    """The text of a checkpoint again, with its tokenizer. known: its {"name", "sha256", ...}; name: where it is now.
+
+    Raises ValueError if the text found is a different one.
+    """
+    load = load_pairs if segments == PAIRS else load_corpus
+    corpus = load(name or known["name"])
+    if corpus.sha256 != known["sha256"]:
+        raise ValueError(
+            f"{corpus.name} is not the text the model was trained on (SHA-256 {corpus.sha256[:8]}, not "
+            f"{known['sha256'][:8]}): restore it, or name the file that holds it with --data"
+        )
+    if corpus.tokenizer.to_dict() == tokenizer.to_dict():
+        return corpus
+    return load(name or known["name"], lambda texts: tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------- rows
+class Rows(NamedTuple):
+    """B rows of T tokens: a batch to learn from, or to score. [START] is not in them, the objectives put it in front.
+
+    Running text has no `given`. Of a segment or a pair, the first given[b] tokens of row b are visible from the
+    beginning and count nowhere; [PAD] follows its [END] and counts nowhere either.
+    """
+
+    tokens: Tensor  # (B, T) int64
+    characters: Tensor  # (B,) int64: characters of text that the counted tokens stand for
+    given: Tensor | None = None  # (B,) int64
+
+    @property
+    def counted(self) -> Tensor:
+        """(B, T) bool: the tokens that are predicted and counted."""
+        counted = self.tokens != PAD_ID
+        if self.given is not None:
+            counted &= torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.given[:, None]
+        return counted
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same on a device."""
+        return Rows(*(None if x is None else x.to(device) for x in self))
+
+
+def window_rows(tokens: Tensor, tokenizer: Tokenizer) -> Rows:
+    """Windows of running text, (B, T), as rows."""
+    return Rows(tokens, torch.from_numpy(tokenizer.characters_per_token)[tokens].sum(1))
+
+
 class ShakespeareDataset(torch.utils.data.Dataset):
     """Windows of seq_length ids, `stride` apart: item i is the LongTensor (seq_length,) that starts at i * stride.
 
     `text` is a string, or ids that are already encoded. Raises ValueError if it is shorter than one window.
     """
 
-    def __init__(self, text: str | Tensor, tokenizer: SimpleTokenizer, seq_length: int, stride: int = 1):
+    def __init__(self, text: str | Tensor, tokenizer: Tokenizer, seq_length: int, stride: int = 1):
         if seq_length < 1 or stride < 1:
             raise ValueError(f"seq_length and stride must be at least 1, got {seq_length} and {stride}")
         self.ids = torch.from_numpy(tokenizer.encode(text)) if isinstance(text, str) else text
-        self.seq_length, self.stride = seq_length, stride
+        self.tokenizer, self.seq_length, self.stride = tokenizer, seq_length, stride
         if len(self.ids) < seq_length:
-            raise ValueError(f"{len(self.ids)} characters are too few for one window of {seq_length}")
+            raise ValueError(f"a text of {len(self.ids)} tokens is too short for one window of {seq_length}")
 
     def __len__(self) -> int:
         return (len(self.ids) - self.seq_length) // self.stride + 1
@@ -225,33 +267,165 @@ class ShakespeareDataset(torch.utils.data.Dataset):
             raise IndexError(f"window {index} of {len(self)}")
         return self.gather(torch.tensor([index % len(self)]))[0]
 
+    @property
+    def rows_per_epoch(self) -> float:
+        """How many rows hold as many tokens as the text."""
+        return len(self.ids) / self.seq_length
+
+    @property
+    def characters_per_row(self) -> float:
+        """The mean number of characters in a row."""
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return float(self.seq_length)
+        return self.seq_length * float(self.tokenizer.characters_per_token[self.ids.numpy()].mean())
+
     def gather(self, indices: Tensor) -> Tensor:
         """The windows of the given indices (B,) as one LongTensor (B, seq_length)."""
         positions = indices[:, None] * self.stride + torch.arange(self.seq_length)  # (B, T)
         return self.ids[positions].long()
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """(B, seq_length) windows, drawn uniformly with replacement."""
-        return self.gather(torch.randint(len(self), (batch_size,), generator=generator))
+    def rows(self, indices: Tensor) -> Rows:
+        """The windows of the given indices (B,)."""
+        return window_rows(self.gather(indices), self.tokenizer)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Rows:
+        """`batch_size` windows, drawn uniformly with replacement."""
+        return self.rows(torch.randint(len(self), (batch_size,), generator=generator))
 
 
-def validation_windows(
-    ids: Tensor, seq_length: int, tokenizer: SimpleTokenizer, max_chars: int | None = None
-) -> list[Tensor]:
-    """Windows that cover every id exactly once: a LongTensor (N, seq_length) and, if ids are left over, a (1, rest).
+class RowDataset(torch.utils.data.Dataset):
+    """N rows that end with [END]: segments or pairs. Item i is row i without its padding, (length,)."""
 
-    If there are more than max_chars ids: (N, seq_length) evenly spaced windows with about max_chars ids in all.
+    def __init__(self, rows: list[list[int]], characters: list[int], given: list[int], seq_length: int):
+        """rows: ids of each row, at most seq_length; characters, given: see `Rows`."""
+        self.tokens = torch.full((len(rows), seq_length), PAD_ID, dtype=torch.int32)  # (N, T)
+        for padded, ids in zip(self.tokens, rows, strict=True):
+            padded[: len(ids)] = torch.tensor(ids)
+        self.characters, self.given = torch.tensor(characters), torch.tensor(given)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Tensor:
+        row = self.tokens[index].long()
+        return row[row != PAD_ID]
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """All of them."""
+        return len(self)
+
+    @property
+    def characters_per_row(self) -> float:
+        """The mean number of counted characters in a row."""
+        return float(self.characters.double().mean())
+
+    def rows(self, indices: Tensor) -> Rows:
+        """The rows of the given indices (B,)."""
+        return Rows(self.tokens[indices].long(), self.characters[indices], self.given[indices])
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Rows:
+        """`batch_size` rows, drawn uniformly with replacement."""
+        return self.rows(torch.randint(len(self), (batch_size,), generator=generator))
+
+
+def make_dataset(
+    part: Tensor | list[Pair], tokenizer: Tokenizer, block_size: int, segments: str = "window", stride: int = 1
+) -> ShakespeareDataset | RowDataset:
+    """The rows of a part of a corpus (ids or pairs) for a model with a context of block_size tokens.
+
+    Raises ValueError for a part without a single row, and for a pair that does not fit.
     """
-    groups = []
-    if len(ids) >= seq_length:
-        dataset = ShakespeareDataset(ids, tokenizer, seq_length, stride=seq_length)
-        if max_chars is not None and len(ids) > max_chars:
-            return [dataset.gather(torch.linspace(0, len(dataset) - 1, max(1, max_chars // seq_length)).long())]
-        groups.append(dataset.gather(torch.arange(len(dataset))))
-    rest = len(ids) % seq_length
+    if segments == "window":
+        return ShakespeareDataset(part, tokenizer, block_size, stride)
+    if segments == PAIRS:
+        return pair_rows(part, tokenizer, block_size - 1)
+    return segment_rows(tokenizer.decode(part.numpy()), tokenizer, block_size - 1, SEPARATORS[segments])
+
+
+def validation_rows(
+    part: Tensor | list[Pair],
+    tokenizer: Tokenizer,
+    block_size: int,
+    segments: str = "window",
+    max_tokens: int | None = None,
+) -> list[Rows]:
+    """Rows that cover a part of a corpus once: one batch, and of running text a second with the short last window.
+
+    If they hold more than max_tokens: evenly spaced rows with about so many.
+    """
+    batches = []
+    if segments != "window" or len(part) >= block_size:
+        dataset = make_dataset(part, tokenizer, block_size, segments, stride=block_size)
+        if max_tokens is not None and len(dataset) * block_size > max_tokens:
+            return [dataset.rows(torch.linspace(0, len(dataset) - 1, max(1, max_tokens // block_size)).long())]
+        batches.append(dataset.rows(torch.arange(len(dataset))))
+    rest = len(part) % block_size if segments == "window" else 0
     if rest:
-        groups.append(ids[-rest:].long()[None])
-    return groups
+        batches.append(window_rows(part[-rest:].long()[None], tokenizer))
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------- segments and pairs
+def split_segments(text: str, separator: str) -> list[str]:
+    """The segments of a text: separator.join(segments) is the text again.
+
+    >>> split_segments("ROMEO:\\nAy me!\\n\\n\\nJULIET:\\nAy me!\\n", "\\n\\n")
+    ['ROMEO:\\nAy me!\\n', 'JULIET:\\nAy me!\\n']
+    """
+    return re.split(re.escape(separator) + r"(?!\n)", text)  # of a longer run of newlines, the last are the separator
+
+
+def cut_segment(segment: str, fits: Callable[[str], bool]) -> list[str]:
+    """A segment in pieces that fit: cut at ends of lines, else of sentences, else of words, else anywhere, as near to
+    its middle as possible. "".join(pieces) is the segment again. A single character is taken to fit."""
+    if len(segment) < 2 or fits(segment):
+        return [segment]
+    middle = len(segment) // 2
+    for pattern in CUTS:
+        ends = [match.end() for match in re.finditer(pattern, segment) if match.end() < len(segment)]
+        if ends:
+            middle = min(ends, key=lambda end: abs(end - len(segment) / 2))
+            break
+    return cut_segment(segment[:middle], fits) + cut_segment(segment[middle:], fits)
+
+
+def segment_rows(text: str, tokenizer: Tokenizer, seq_length: int, separator: str) -> RowDataset:
+    """The segments of a text, each followed by [END], in rows of seq_length tokens.
+
+    A segment that does not fit becomes several rows. The [END] of a segment counts as the characters of the separator
+    that it replaces, so that the characters of all rows are those of the text.
+    """
+    rows, characters = [], []
+    segments = split_segments(text, separator)
+    for number, segment in enumerate(segments, 1):
+        pieces = cut_segment(segment, lambda piece: len(tokenizer.encode(piece)) < seq_length)
+        for piece in pieces:
+            rows.append([*tokenizer.encode(piece).tolist(), END_ID])
+            characters.append(len(piece))
+        characters[-1] += len(separator) if number < len(segments) else 0
+    return RowDataset(rows, characters, [0] * len(rows), seq_length)
+
+
+def pair_rows(pairs: list[Pair], tokenizer: Tokenizer, seq_length: int) -> RowDataset:
+    """Pairs as rows `prompt [START] completion [END]`, of which prompt and [START] are given.
+
+    Raises ValueError for a pair that is longer than seq_length.
+    """
+    if not pairs:
+        raise ValueError("there are no pairs in one of the parts: use more pairs or another --val-fraction")
+    rows = [
+        [*tokenizer.encode(pair.prompt).tolist(), START_ID, *tokenizer.encode(pair.completion).tolist(), END_ID]
+        for pair in pairs
+    ]
+    for row, pair in zip(rows, pairs, strict=True):
+        if len(row) > seq_length:
+            raise ValueError(
+                f"the pair {pair.prompt[:40]!r} takes {len(row) + 1} tokens, more than the context of "
+                f"{seq_length + 1}: shorten it or use a larger --block-size"
+            )
+    given = [row.index(START_ID) + 1 for row in rows]
+    return RowDataset(rows, [len(pair.completion) for pair in pairs], given, seq_length)
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from likelihood import Likelihood, likelihood_bound
-from tokenizer import MASK_ID
+from data import Rows
+from likelihood import Likelihood, Predict, conditional_bound, likelihood_bound
+from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID
 
 MIN_T = 1e-3  # t is drawn from [MIN_T, 1], so that 1/t stays finite
 T_POWER = 2.0  # training draws t = u^2: lightly masked windows have the noisiest losses, so they are drawn more often
@@ -58,7 +59,12 @@ def forward_process(
 
 # ------------------------------------------------------------------------------------------------- training loss
 def compute_llada_loss(
-    logits: Tensor, targets: Tensor, mask: Tensor, t: float | Tensor, density: float | Tensor = 1.0
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    t: float | Tensor,
+    density: float | Tensor = 1.0,
+    units: Tensor | None = None,
 ) -> Tensor:
     """LLaDA's loss (arXiv 2502.09992, eq. 3): (1/(B T)) sum over masked positions of cross-entropy / t.
 
@@ -66,14 +72,37 @@ def compute_llada_loss(
     In expectation over t and masks it is an upper bound on the negative log-likelihood, in nats/token. The sum is
     divided by all B T tokens, never by the number of masked ones, and by t once. Any other division weights sequences
     by their t, and the result bounds nothing. `density` is that of t if it was not drawn uniformly (importance
-    sampling).
+    sampling). With `units` (B,), the sum is divided by their sum and not by B T: with each row's characters of text,
+    the loss is in nats/character.
     """
     if logits.dim() == 3:
         logits = logits[mask]
     losses = F.cross_entropy(logits, targets[mask], reduction="none")  # (N,)
     t = torch.as_tensor(t, dtype=losses.dtype, device=losses.device).expand(len(targets))  # (B,)
     weights = (1 / (t * density))[:, None].expand_as(mask)[mask]  # (N,)
-    return (losses * weights).sum() / mask.numel()
+    return (losses * weights).sum() / (mask.numel() if units is None else units.sum())
+
+
+# ------------------------------------------------------------------------------------------------- segments and pairs
+def full_context(rows: Rows) -> tuple[Tensor, Tensor]:
+    """What LLaDA sees of running text, segments or pairs: tokens (B, T) and the positions that may be masked, (B, T).
+
+    A segment or pair begins with [START] and is filled up with [END], as LLaDA's fine-tuning data are: T is one more
+    than in `rows`, and the model learns where a text ends. [PAD] is in none of them.
+    """
+    if rows.given is None:
+        return rows.tokens, torch.ones_like(rows.tokens, dtype=torch.bool)
+    tokens = F.pad(rows.tokens.masked_fill(rows.tokens == PAD_ID, END_ID), (1, 0), value=START_ID)
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device) > rows.given[:, None]
+
+
+def with_start(predict: Predict) -> Predict:
+    """A predictor of tokens (B, T) that shows [START] in front of them to `predict`."""
+
+    def predict_after_start(tokens: Tensor) -> Tensor:
+        return predict(F.pad(tokens, (1, 0), value=START_ID))[:, 1:]
+
+    return predict_after_start
 
 
 # ------------------------------------------------------------------------------------------------- for the trainer
@@ -84,6 +113,7 @@ class MaskedBatch(NamedTuple):
     targets: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool
     t: Tensor  # (B,)
+    units: Tensor  # (B,) the mean number of characters in a row of the whole batch: its parts weigh alike
 
 
 class DiffusionObjective:
@@ -91,32 +121,43 @@ class DiffusionObjective:
 
     is_bound = True  # losses and likelihoods are upper bounds
 
-    def make_batch(self, sequences: Tensor, generator: torch.Generator) -> MaskedBatch:
-        """Windows (B, T) -> a batch, masked at a random level for each window."""
-        t = sample_t(len(sequences), generator, power=T_POWER)
-        masked, mask = forward_process(sequences, t, MASK_ID, generator)
-        return MaskedBatch(masked, sequences, mask, t)
+    def make_batch(self, rows: Rows, generator: torch.Generator) -> MaskedBatch:
+        """Rows -> a batch, each row masked at a random level. What is given is never masked."""
+        targets, may_mask = full_context(rows)
+        t = sample_t(len(targets), generator, power=T_POWER)
+        _, mask = forward_process(targets, t, MASK_ID, generator)
+        mask &= may_mask
+        units = rows.characters.float().mean().expand(len(targets))
+        return MaskedBatch(targets.masked_fill(mask, MASK_ID), targets, mask, t, units)
 
     def predict(self, model: Callable[..., Tensor], batch: MaskedBatch) -> Tensor:
         """Logits (N, V) of the masked positions alone: the model's last MLP and head skip the others."""
         return model(batch.inputs, at=batch.mask)
 
     def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
-        """nats/token, an upper bound in expectation."""
-        return compute_llada_loss(logits, batch.targets, batch.mask, batch.t, density_of_t(batch.t, T_POWER))
+        """nats/character, an upper bound in expectation."""
+        density = density_of_t(batch.t, T_POWER)
+        return compute_llada_loss(logits, batch.targets, batch.mask, batch.t, density, batch.units)
 
     def likelihood(
-        self,
-        predict: Callable[[Tensor], Tensor],
-        windows: list[Tensor],
-        *,
-        pairs: int = 8,
-        batch_size: int = 128,
-        seed: int = 0,
+        self, predict: Predict, batches: list[Rows], *, pairs: int = 8, batch_size: int = 128, seed: int = 0
     ) -> Likelihood:
-        """Upper bound on the negative log-likelihood of windows, see `likelihood_bound`."""
-        generator = torch.Generator().manual_seed(seed)
-        return likelihood_bound(predict, windows, MASK_ID, pairs=pairs, batch_size=batch_size, generator=generator)
+        """Upper bound on the negative log-likelihood of rows, in nats/character: see `likelihood_bound`.
+
+        Of segments and pairs it is that of the text in a context of this size, its [END]s included. Pairs: given their
+        prompts, see `conditional_bound`. Raises ValueError if there is no text.
+        """
+        batches = [rows for rows in batches if rows.tokens.numel()]
+        settings = {"pairs": pairs, "batch_size": batch_size, "generator": torch.Generator().manual_seed(seed)}
+        characters = torch.cat([rows.characters for rows in batches]) if batches else torch.zeros(0)
+        if not batches or batches[0].given is None:
+            return likelihood_bound(predict, [rows.tokens for rows in batches], MASK_ID, **settings).per(characters)
+        predict = with_start(predict)
+        contexts = [tuple(x[:, 1:] for x in full_context(rows)) for rows in batches]
+        if any(rows.given.any() for rows in batches):
+            parts = [conditional_bound(predict, tokens, free, MASK_ID, **settings) for tokens, free in contexts]
+            return Likelihood.join(parts).per(characters)
+        return likelihood_bound(predict, [tokens for tokens, _ in contexts], MASK_ID, **settings).per(characters)
 
 
 def main() -> None:

@@ -1,25 +1,47 @@
 """Evaluate LLaDA and GPT on the text they were not trained on: `python evaluate.py --help`.
 
-One table on standard output; a report with tables and pictures, and metrics.json, from which it is made, in --out.
+One table on standard output; a report with tables and pictures, and metrics.json, from which it is made, in --report.
 """
 
+import tempfile
 from pathlib import Path
 
-from utils.console import SEED, Parser, run_program
+from utils.console import SEED, Parser, immediate_interrupt, run_program
+from utils.errors import ArgumentError
+
+EXAMPLES = """
+python evaluate.py
+python evaluate.py out/gpt --quick --report gpt_report
+python evaluate.py --out /elsewhere --device cuda
+"""
 
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(description="Evaluate LLaDA and GPT on the text they were not trained on.")
-    add = parser.add_argument
-    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="at most one of each model (default: those under out/)")
-    add("--out", type=Path, default=Path("out/report"), help="for report.md, metrics.json, pictures (out/report)")
-    add("--quick", action="store_true", help="fewer windows, policies and samples: wider intervals")
+    parser = Parser(description="Evaluate LLaDA and GPT on the text they were not trained on.", examples=EXAMPLES)
+    add = parser.add_argument_group("models and text").add_argument
+    checkpoints = "at most one of each model, or a run's folder (default: those under --out)"
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=checkpoints)
+    out = "the folder of runs, as of train.py (default: out)"
+    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
     add("--data", metavar="NAME|FILE", help="where the text they were trained on is now (default: where it was)")
-    add("--seed", type=SEED, default=0)
-    add("--device", help="cpu, cuda (default: the best there is)")
+    add("--device", help="cpu, cuda (default: the best available)")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--report", type=Path, metavar="FOLDER", help="for report.md, metrics.json, pictures (default: OUT/report)")
+    add("--quick", action="store_true", help="fewer windows, policies and samples: wider intervals")
+    add("--seed", type=SEED, default=0, metavar="N", help="of masks and samples (default: 0)")
     add("--compare-estimators", action="store_true", help="only compare the bound's estimator with plain Monte Carlo")
     return parser
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ArgumentError if the report could not be written to a folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ArgumentError("report", f"{folder}: cannot write there ({existing}: {error.strerror})") from None
 
 
 def print_table(metrics: dict) -> None:
@@ -47,27 +69,35 @@ def main() -> None:
     """Load, measure, print and write."""
     parser = make_parser()
     args = parser.parse_args()
-
-    # Imported here so that --help does not wait for torch.
-    from evaluation.likelihoods import compare_estimators
-    from evaluation.report import prepare_folder, write_report
-    from evaluation.settings import FULL, QUICK
-    from evaluation.suite import Evaluation, load_same_corpus, select_checkpoints
-    from utils.devices import pick_device
+    folder = args.report or args.out / "report"
+    with parser.naming_flags():
+        if not args.compare_estimators:
+            check_folder(folder)
+    with immediate_interrupt():  # torch is imported here, so that --help does not wait for it
+        from checkpoint import find_checkpoints
+        from evaluation.likelihoods import compare_estimators
+        from evaluation.report import write_report
+        from evaluation.settings import FULL, QUICK
+        from evaluation.suite import Evaluation, load_same_corpus, select_checkpoints
+        from generation.flags import checkpoint_file
+        from utils.devices import pick_device
 
     with parser.naming_flags():
-        checkpoints = select_checkpoints(args.checkpoints, pick_device(args.device, float64=True))
+        paths = [checkpoint_file(path) for path in args.checkpoints] or find_checkpoints(args.out)
+        if not paths:
+            raise ValueError(f"no checkpoint under {args.out}/: train one with `python train.py`, or name its file")
+        checkpoints = select_checkpoints(paths, pick_device(args.device, float64=True))
         corpus = load_same_corpus(next(iter(checkpoints.values())), args.data)
     evaluation = Evaluation(checkpoints, corpus, QUICK if args.quick else FULL, args.seed)
     if args.compare_estimators:
         if evaluation.llada is None:
             raise ValueError("--compare-estimators needs a LLaDA checkpoint")
-        windows = evaluation.windows[0][:64]
+        windows = evaluation.rows[0].tokens[:64]
         return print_estimators(compare_estimators(evaluation.llada, windows, args.seed), *windows.shape)
-    prepare_folder(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
     metrics = evaluation.run()
     print_table(metrics)
-    write_report(metrics, args.out)
+    write_report(metrics, folder)
 
 
 if __name__ == "__main__":

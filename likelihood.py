@@ -15,7 +15,7 @@ Letters: B batch, N windows, K masks a window, T positions, V vocabulary, m mask
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,21 +31,21 @@ DRAWS_PER_COUNT = 2  # at least so many masks for every count m: each is compare
 class Likelihood:
     """Negative log-likelihood of N windows in nats; `is_bound`: an upper bound, else exact.
 
-    `token_nats` (N, T) is each character's share (0 beyond a window's end), `window_nats` (N,) each window's total,
-    `lengths` (N,) its characters. `draws` (only of `likelihood_bound`) is what the bound was computed from, see
-    `curve_of`.
+    `token_nats` (N, T) is each token's share (0 beyond a window's end and where nothing is counted), `window_nats` (N,)
+    each window's total, `characters` (N,) the characters of text that its counted tokens stand for. `draws` (only of
+    `likelihood_bound`) is what the bound was computed from, see `curve_of`.
     """
 
     token_nats: Tensor
     window_nats: Tensor
-    lengths: Tensor
+    characters: Tensor
     is_bound: bool
     draws: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def nats_per_char(self) -> float:
-        """Total nats over total characters: every character counts once, whatever its window's length."""
-        return float(self.window_nats.sum() / self.lengths.sum())
+        """Total nats over total characters: every character counts once, whatever its window."""
+        return float(self.window_nats.sum() / self.characters.sum())
 
     @property
     def curve(self) -> Tensor:
@@ -55,7 +55,7 @@ class Likelihood:
     @property
     def ci95(self) -> tuple[float, float]:
         """95 % interval of `nats_per_char` over windows: the unit, as characters (and draws) inside one correlate."""
-        half = half_width95(self.window_nats, self.lengths)
+        half = half_width95(self.window_nats, self.characters)
         return self.nats_per_char - half, self.nats_per_char + half
 
     @property
@@ -77,11 +77,15 @@ class Likelihood:
 
     @classmethod
     def from_token_nats(cls, token_nats: list[Tensor], is_bound: bool = False) -> "Likelihood":
-        """From the (N, T) nats of each token, a list with one tensor for each window length."""
+        """From the (N, T) nats of each token, a list with one tensor for each window length. A token is a character."""
         return cls.join([
             cls(nats.double(), nats.double().sum(1), torch.full((len(nats),), nats.shape[1]), is_bound)
             for nats in token_nats
         ])
+
+    def per(self, characters: Tensor) -> "Likelihood":
+        """The same for windows of so many characters, (N,): tokens may stand for several of them, or for none."""
+        return replace(self, characters=characters.cpu())
 
     @classmethod
     def join(cls, parts: list["Likelihood"]) -> "Likelihood":
@@ -90,24 +94,24 @@ class Likelihood:
         return cls(
             torch.cat([torch.nn.functional.pad(part.token_nats, (0, T - part.token_nats.shape[1])) for part in parts]),
             torch.cat([part.window_nats for part in parts]),
-            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.characters for part in parts]),
             parts[0].is_bound,
             parts[0].draws,
         )
 
 
-def standard_error(window_nats: Tensor, lengths: Tensor) -> float:
-    """Standard error of sum(window_nats) / sum(lengths), a ratio of two means over windows; infinite for one window."""
+def standard_error(window_nats: Tensor, characters: Tensor) -> float:
+    """Standard error of sum(window_nats) / sum(characters), a ratio of means over windows; infinite for one window."""
     N = len(window_nats)
     if N < 2:
         return math.inf
-    residuals = window_nats - lengths * (window_nats.sum() / lengths.sum())
-    return float((residuals.square().sum() * N / (N - 1)).sqrt() / lengths.sum())
+    residuals = window_nats - characters * (window_nats.sum() / characters.sum())
+    return float((residuals.square().sum() * N / (N - 1)).sqrt() / characters.sum())
 
 
-def half_width95(window_nats: Tensor, lengths: Tensor) -> float:
-    """Half the width of the 95 % interval of sum(window_nats) / sum(lengths) over windows, by Student's t."""
-    return student_t(len(window_nats) - 1) * standard_error(window_nats, lengths)
+def half_width95(window_nats: Tensor, characters: Tensor) -> float:
+    """Half the width of the 95 % interval of sum(window_nats) / sum(characters) over windows, by Student's t."""
+    return student_t(len(window_nats) - 1) * standard_error(window_nats, characters)
 
 
 def student_t(freedom: int) -> float:
@@ -228,6 +232,41 @@ def likelihood_bound(
         masks = complementary_masks(N, T, pairs_needed(N, T, pairs), generator)
         parts.append(bound_from_masks(predict, part, masks, mask_token_id, batch_size))
     return Likelihood.join(parts)
+
+
+@torch.inference_mode()
+def conditional_bound(
+    predict: Predict,
+    windows: Tensor,
+    free: Tensor,
+    mask_token_id: int,
+    *,
+    pairs: int = 8,
+    batch_size: int = 128,
+    generator: torch.Generator | None = None,
+) -> Likelihood:
+    """Upper bound on -log p of the tokens of windows (N, T) where free (N, T) is true, given the other tokens.
+
+    As `likelihood_bound`, for rows that differ in what is given. With n free positions it is the cross-entropy of one
+    token under the full mask plus n - 1 times that under masks of l of them, l uniform on 1..n-1, in complementary
+    pairs. Unbiased. `2 * pairs + 1` evaluations a window. Every row needs a free position.
+    """
+    (N, T), n = windows.shape, free.sum(1, keepdim=True).cpu()  # (N, 1)
+    free = free.cpu()
+    u = (torch.arange(pairs) + torch.rand(N, 1, generator=generator)) / pairs  # (N, pairs), stratified
+    counts = 1 + (u * (n - 1)).long()  # in 1..n-1
+    order = torch.rand(N, pairs, T, generator=generator).masked_fill(~free[:, None], 2.0).argsort(-1)
+    first = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, torch.arange(T) < counts[..., None])
+    masks = torch.cat([first, free[:, None] & ~first, free[:, None]], dim=1)  # (N, K, T), the full mask last
+    K = masks.shape[1]
+    weights = (n - 1) / (2 * pairs) / masks.sum(-1).clamp(min=1)  # (N, K) of each masked token's cross-entropy
+    weights[:, -1] = 1 / n[:, 0]
+    token_nats = torch.zeros(N, T, dtype=torch.float64)
+    for rows in torch.arange(N * K).split(batch_size):
+        mask, targets = masks.flatten(0, 1)[rows], windows[rows // K]
+        ce = cross_entropies(predict, targets.masked_fill(mask.to(targets.device), mask_token_id), targets)  # (b, T)
+        token_nats.index_add_(0, rows // K, ce.masked_fill(~mask, 0.0) * weights.flatten()[rows, None])
+    return Likelihood(token_nats, token_nats.sum(1), n[:, 0], is_bound=True)
 
 
 # ------------------------------------------------------------------------------------------------- schedules

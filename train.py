@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.console import POSITIVE_INT, SEED, Parser, deferred_interrupt, number, progress, run_program, say
+from utils.errors import ArgumentError
 
 if TYPE_CHECKING:  # torch is imported after the arguments are parsed: --help is instant
+    from checkpoint import Checkpoint
     from trainer import TrainConfig, Trainer
     from utils.processes import Processes
 
 MODELS, ARCHITECTURES, OPTIMIZERS = ("llada", "gpt"), ("rotary", "vanilla"), ("muon", "adamw")
+SEGMENTS = ("window", "speech", "paragraph", "line")
+NETWORK = ("arch", "n_layer", "n_head", "n_embd", "ngram_rows")  # comes with the model that --init-from names
 LAPTOP_MINUTES = 2.75
+FINE_TUNING_MINUTES = 1.0
 LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
 
 
@@ -54,6 +59,13 @@ def gpu_preset(model: str) -> "TrainConfig":
     )  # fmt: skip
 
 
+def fine_tuning_preset(model: str, lora: bool) -> "TrainConfig":
+    """The settings for continuing from a trained model on a laptop: smaller steps than from scratch."""
+    from trainer import TrainConfig
+
+    return TrainConfig(model, batch_size=8, lr=0.002, ngram_lr=0.05, minutes=FINE_TUNING_MINUTES)
+
+
 # ------------------------------------------------------------------------------------------------- command line
 def make_parser() -> Parser:
     """All flags but the first four are fields of TrainConfig; those that are not given come from the preset."""
@@ -65,6 +77,14 @@ def make_parser() -> Parser:
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default: OUT/MODEL/last.pt)")
     add("--model", choices=MODELS, default="llada")
     add("--data", metavar="NAME|FILE", help="tinyshakespeare (default), pydoc, or a UTF-8 text file")
+    add("--pairs", metavar="FILE", help='train on lines of {"prompt": ..., "completion": ...} instead of a text')
+    add("--segments", choices=SEGMENTS, help="what an example is: running text (window, the default), or one speech, "
+        "paragraph or line between [START] and [END]")  # fmt: skip
+    add("--tokenizer", metavar="char|bpe|FILE", help="characters (default), byte-level BPE trained on the training "
+        "part, or a tokenizer.json")  # fmt: skip
+    add("--vocab-size", type=number(int, low=261, high=1 << 20), help="of --tokenizer bpe (default: 512)")
+    add("--init-from", metavar="CHECKPOINT", help="fine-tune this model, with its network and its tokenizer")
+    add("--lora-rank", type=POSITIVE_INT, metavar="R", help="with --init-from: train low-rank adapters alone")
     add("--val-fraction", type=number(float, above=0, below=1), help="share of the text to validate on (default: 0.2)")
     add("--arch", choices=ARCHITECTURES, help="network (default: rotary)")
     add("--n-layer", type=POSITIVE_INT)
@@ -101,12 +121,18 @@ def given_settings(args: argparse.Namespace) -> dict:
     return settings
 
 
-def new_config(args: argparse.Namespace, on_cuda: bool) -> "TrainConfig":
+def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None" = None) -> "TrainConfig":
     """The preset with the flags that were given. Raises ArgumentError if they do not fit together."""
     settings = given_settings(args)
     for name in ("ngram_dropout", "ngram_rows", "ngram_lr"):
         if args.arch == "vanilla" and name in settings:
             raise ValueError(f"--{name.replace('_', '-')}: the vanilla network has no n-gram tables; drop it")
+    if args.vocab_size and args.tokenizer != "bpe":
+        raise ArgumentError("vocab_size", "needs --tokenizer bpe")
+    if args.pairs:
+        settings["segments"] = "pairs"
+    if base is not None:
+        return fine_tuning_config(args, settings, base)
     if args.preset == "gpu" or (args.preset is None and on_cuda):
         preset = gpu_preset(args.model)
     else:
@@ -115,21 +141,39 @@ def new_config(args: argparse.Namespace, on_cuda: bool) -> "TrainConfig":
     return replace(preset, **({"compile": on_cuda} | settings))
 
 
+def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoint") -> "TrainConfig":
+    """The settings of a run that starts from the model of --init-from. The flags of its network cannot be given."""
+    network = base.model.config
+    for name in (*NETWORK, "tokenizer", "preset"):
+        if getattr(args, name) is not None:
+            raise ArgumentError(name, f"comes with the model of {args.init_from}: drop it")
+    if base.model.name != args.model:
+        raise ArgumentError("model", f"{args.model}: {args.init_from} holds a {base.model.name} model")
+    if args.block_size and args.block_size > network.block_size:
+        raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
+    preset = fine_tuning_preset(args.model, bool(args.lora_rank))
+    kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout")}
+    return replace(preset, **(kept | settings))
+
+
 def start_run(args: argparse.Namespace, processes: "Processes", start: float) -> "Trainer":
     """A new run, or the one to resume with its own settings; only its end may be moved."""
     from checkpoint import load_checkpoint
-    from data import load_corpus
-    from trainer import Trainer
+    from trainer import Trainer, load_training_corpus
 
     def clock() -> float:
         return time.monotonic() - start
 
     if args.resume is None:
-        config = new_config(args, on_cuda=processes.device.type == "cuda")
-        return Trainer(config, load_corpus(config.data), processes, clock)
+        base = load_checkpoint(args.init_from) if args.init_from else None
+        config = new_config(args, processes.device.type == "cuda", base)
+        trainer = Trainer(config, load_training_corpus(config, base), processes, clock, base)
+        if base is not None:
+            trainer.remember_base(base)
+        return trainer
     changes = {name: value for name, value in given_settings(args).items() if name != "model"}
     for name in (*changes, *(["preset"] if args.preset else [])):
-        if name not in ("data", "steps", "minutes", "eval_every"):
+        if name not in ("data", "pairs", "steps", "minutes", "eval_every"):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} cannot change when resuming: drop it (--steps or --minutes may move the end)")
     return Trainer.resume(load_checkpoint(resume_path(args)), processes, clock, **changes)
@@ -160,6 +204,11 @@ def say_summary(summary: dict) -> None:
     if summary["ci95"]:
         line += " (95 % interval {:.4f}..{:.4f} over windows)".format(*summary["ci95"])
     say(line)
+    if change := summary["fine_tuning"]:
+        say("fine-tuning trained {params_trainable:,} of {params:,} parameters".format(**summary))
+        say("the new text: {new_before:.4f} before, {new_after:.4f} after".format(**change))
+        if change["old_after"] is not None:
+            say("the old text: {old_before:.4f} before, {old_after:.4f} after".format(**change))
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -8,7 +8,7 @@ Letters: B windows in a global batch, T positions.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -17,13 +17,26 @@ from torch import Tensor, nn
 
 from autoregressive import CausalObjective
 from checkpoint import Checkpoint
-from data import Corpus, ShakespeareDataset, load_corpus, validation_windows
+from data import (
+    PAIRS,
+    SEPARATORS,
+    Corpus,
+    Rows,
+    load_corpus,
+    load_pairs,
+    load_same_corpus,
+    make_dataset,
+    training_length,
+    training_texts,
+    validation_rows,
+    window_rows,
+)
 from diffusion import DiffusionObjective
 from likelihood import Likelihood, pairs_needed
-from model import MODELS, ModelConfig, Transformer
+from model import MODELS, ModelConfig, Transformer, add_lora, extend_vocabulary
 from optim import build_optimizers, learning_rate_factor, set_learning_rate
-from tokenizer import SPECIAL_TOKENS
-from utils.console import progress
+from tokenizer import SPECIAL_TOKENS, SimpleTokenizer, Tokenizer, read_tokenizer, train_bpe
+from utils.console import progress, say
 from utils.counter import EvaluationCounter
 from utils.errors import ArgumentError, check_number
 from utils.processes import Processes
@@ -45,6 +58,13 @@ class TrainConfig:
     model: str = "llada"  # or "gpt"
     data: str | None = None  # corpus, see `data.load_corpus`
     val_fraction: float = 0.2  # of the text
+    segments: str = "window"  # what a row of training text is, see data.py: window, speech, paragraph, line or pairs
+    pairs: str | None = None  # file of prompts and completions, instead of `data`
+    tokenizer: str = "char"  # or "bpe", trained on the training part, or the path of a tokenizer.json
+    vocab_size: int = 512  # of "bpe"
+    # Fine-tuning.
+    init_from: str | None = None  # checkpoint to start from
+    lora_rank: int = 0  # train adapters of this rank alone
     # The network, see `ModelConfig`.
     arch: str = "rotary"
     n_layer: int = 4
@@ -83,6 +103,15 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "lr", "ngram_lr", "steps", "minutes", "eval_every"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0)
+        if self.segments not in ("window", *SEPARATORS, PAIRS):
+            raise ArgumentError("segments", f"must be window, {', '.join(SEPARATORS)}, got {self.segments!r}")
+        if (self.pairs is not None) != (self.segments == PAIRS):
+            raise ArgumentError("segments", "are pairs if and only if a file of pairs is given")
+        if self.pairs is not None and self.data is not None:
+            raise ArgumentError("data", "is not read with a file of pairs: drop one of them")
+        check_number("lora_rank", self.lora_rank, low=0)
+        if self.lora_rank and self.init_from is None:
+            raise ArgumentError("lora_rank", "needs a model to adapt: name its checkpoint with --init-from")
         if (self.steps is None) == (self.minutes is None):
             raise ArgumentError("steps", "or minutes must be given, and not both")
         self.model_config(vocab_size=len(SPECIAL_TOKENS) + 1)  # raises for impossible sizes
@@ -91,23 +120,76 @@ class TrainConfig:
         """The network's part."""
         return ModelConfig(
             vocab_size, self.block_size, self.n_embd, self.n_head, self.n_layer, self.dropout, self.arch,
-            ngram_dropout=self.ngram_dropout, ngram_rows=self.ngram_rows,
+            ngram_dropout=self.ngram_dropout, ngram_rows=self.ngram_rows, segments=self.segments,
         )  # fmt: skip
 
     to_dict = asdict
 
 
+@dataclass
+class FineTuning:
+    """What a run that starts from another model remembers of it. Losses are nats/char on the whole validation parts."""
+
+    new_before: float  # loss on the new text before the run
+    old_before: float | None  # on the old one; None: that text is not here any more
+    old_corpus: dict  # as in the checkpoint
+    old_segments: str
+
+
+def adapted_model(base: Checkpoint, config: TrainConfig, vocab_size: int) -> Transformer:
+    """The base's network, for the rows and the vocabulary of this run, with adapters if it is to train them alone."""
+    generator = torch.Generator().manual_seed(config.seed)
+    grown = extend_vocabulary(base.model, vocab_size, generator)
+    if config.lora_rank and not grown.config.lora_rank:
+        grown = add_lora(grown, config.lora_rank, generator)
+    names = ("segments", "block_size", "dropout", "ngram_dropout")
+    model = MODELS[config.model](replace(grown.config, **{name: getattr(config, name) for name in names}))
+    model.load_state_dict(grown.state_dict())
+    return model
+
+
+def load_training_corpus(config: TrainConfig, base: Checkpoint | None = None) -> Corpus:
+    """The text or the pairs of a new run, with the tokenizer that it asks for; with a base, that of the base.
+
+    A base's tokenizer of characters learns the characters that it does not know.
+    """
+
+    def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
+        if base is not None:
+            known = base.tokenizer
+            return known.extended("".join(set().union(*texts))) if isinstance(known, SimpleTokenizer) else known
+        if config.tokenizer == "char":
+            return SimpleTokenizer("".join(set().union(*texts)))
+        if config.tokenizer != "bpe":
+            return read_tokenizer(config.tokenizer)
+        if config.pairs:  # texts are prompts and completions in turn
+            texts = list(texts)
+            return train_bpe(texts[: 2 * training_length(len(texts) // 2, config.val_fraction)], config.vocab_size)
+        return train_bpe(training_texts(texts, config.val_fraction), config.vocab_size)
+
+    known_by_characters = base is None and config.tokenizer == "char"
+    if config.pairs:
+        return load_pairs(config.pairs, make_tokenizer)
+    return load_corpus(config.data, None if known_by_characters else make_tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------- the run
 class Trainer:
     """A run's whole state and its loop. `checkpoint` and `resume` turn it into a file and back, bit for bit.
 
     `step` steps and `flops` FLOPs are done; `history` holds one dict for each validation (the lines of metrics.jsonl);
-    `losses` are those of the steps since the last validation, nats/token, on the device.
+    `losses` are those of the steps since the last validation, nats/character, on the device.
     """
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, processes: Processes, clock: Callable[[], float] | None = None
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        processes: Processes,
+        clock: Callable[[], float] | None = None,
+        base: Checkpoint | None = None,
     ):
-        """A new run. clock() gives the seconds of this session, by default from now on.
+        """A new run. clock() gives the seconds of this session, by default from now on. base: the model to start from.
 
         Raises ArgumentError for a batch that cannot be shared out or a text that is too short.
         """
@@ -118,41 +200,66 @@ class Trainer:
         self.step, self.flops, self.seconds_before = 0, 0.0, 0.0
         self.history: list[dict] = []
         self.losses: list[Tensor] = []
+        self.fine_tuning: FineTuning | None = None
         micro_batches = processes.world * config.accumulate
         if config.batch_size % micro_batches:
             raise ArgumentError("batch_size", f"{config.batch_size} is not a multiple of {micro_batches} micro-batches")
         self._split_corpus()
         torch.manual_seed(config.seed)  # initial weights and dropout
-        self.model = MODELS[config.model](config.model_config(corpus.tokenizer.vocab_size)).to(processes.device)
+        if base is None:
+            self.model = MODELS[config.model](config.model_config(corpus.tokenizer.vocab_size)).to(processes.device)
+        else:
+            self.model = adapted_model(base, config, corpus.tokenizer.vocab_size).to(processes.device)
         self.generator = torch.Generator().manual_seed(config.seed)  # windows and masks
         for module in self.model.modules():
             if isinstance(module, nn.EmbeddingBag):  # a step touches few rows, but GPUs and compilers need dense rows
                 module.sparse = processes.device.type == "cpu" and not config.compile
+        characters = config.batch_size * self.train_set.characters_per_row  # of a step: losses are means over them
         self.optimizers = build_optimizers(
-            self.model, self.tokens_per_step, config.lr, config.ngram_lr, config.weight_decay, config.optimizer
+            self.model, characters, config.lr, config.ngram_lr, config.weight_decay, config.optimizer
         )
         if config.compile:
             self.model.encoder.compile()
         self.replica = processes.replicate(self.model)  # its gradients are averaged over the processes
 
     def _split_corpus(self) -> None:
-        """Set the text to train on and the windows to calibrate and to validate on."""
+        """Set the rows to train on, to calibrate and to validate on."""
         config, T, tokenizer = self.config, self.config.block_size, self.corpus.tokenizer
-        self.corpus.check_windows(config.val_fraction, T)
-        train_ids, self.val_ids = self.corpus.split(config.val_fraction)
-        held_out = int(config.calibration * len(train_ids))
+        train_part, self.val_part = self.corpus.split(config.val_fraction)
+        self.corpus.check_part(train_part, "train", T, config.segments)
+        self.corpus.check_part(self.val_part, "validate", T, config.segments)
+        held_out = int(config.calibration * len(train_part))
         held_out = held_out if held_out >= T else 0  # less than one window is too little
-        if len(train_ids) - held_out < T:
-            problem = f"{config.calibration} leaves {len(train_ids) - held_out} characters to train on, too few for "
+        if config.segments == "window" and len(train_part) - held_out < T:
+            problem = f"{config.calibration} leaves {len(train_part) - held_out} characters to train on, too few for "
             raise ArgumentError("calibration", f"{problem}one window of {T}: hold out less, or use a longer text")
         # Hold out the beginning of the text. Its end is from the same play as the validation part and shares its names,
         # so it is worth most for training.
-        calibration_ids, train_ids = train_ids.split([held_out, len(train_ids) - held_out])
-        self.train_set = ShakespeareDataset(train_ids, tokenizer, T)
-        self.val_windows = validation_windows(self.val_ids, T, tokenizer, VALIDATION_CHARS)[0]
-        self.calibration_windows = None
+        calibration_part, train_part = train_part[:held_out], train_part[held_out:]
+        self.train_set = make_dataset(train_part, tokenizer, T, config.segments)
+        self.val_rows = validation_rows(self.val_part, tokenizer, T, config.segments, VALIDATION_CHARS)[0]
+        self.calibration_rows = None
         if held_out:
-            self.calibration_windows = validation_windows(calibration_ids, T, tokenizer, VALIDATION_CHARS)[0]
+            rows = validation_rows(calibration_part, tokenizer, T, config.segments, VALIDATION_CHARS)
+            self.calibration_rows = rows[0]
+
+    def remember_base(self, base: Checkpoint) -> None:
+        """Score the model that this run starts from on the new text and, if it is still here, on the old one."""
+        new = score_validation(self).nats_per_char
+        self.fine_tuning = FineTuning(new, None, base.corpus, base.model.config.segments)
+        self.fine_tuning.old_before = self.old_loss()
+
+    def old_loss(self) -> float | None:
+        """Loss on the validation part of the text that the base was trained on, nats/char; None if it is not here."""
+        old, tokenizer = self.fine_tuning, self.corpus.tokenizer
+        try:
+            corpus = load_same_corpus(old.old_corpus, old.old_segments, tokenizer)
+        except (OSError, ValueError) as error:
+            say(f"forgetting is not measured: {error}")
+            return None
+        part = corpus.split(old.old_corpus["val_fraction"])[1]
+        rows = validation_rows(part, tokenizer, self.config.block_size, old.old_segments, FINAL_CHARS)
+        return score_rows(self.model, rows).nats_per_char
 
     # --------------------------------------------------------------------------------------------- quantities
     @property
@@ -211,25 +318,25 @@ class Trainer:
             "flops_per_second": (self.flops - flops) / seconds,
         }
 
-    def sample_windows(self, done: float) -> Tensor:
-        """(B, T) random windows of the training text for the next step, `done` of the run being over.
+    def sample_rows(self, done: float) -> Rows:
+        """A global batch of random rows of the training text for the next step, `done` of the run being over.
 
-        For the first `short_share` of the run the same tokens as (B * SHORT_PARTS, T / SHORT_PARTS), if T allows it.
+        For the first `short_share` of the run windows are cut into SHORT_PARTS, if T allows it.
         """
-        windows = self.train_set.sample(self.config.batch_size, self.generator)
+        rows = self.train_set.sample(self.config.batch_size, self.generator)
         self.corpus.forget_pages()
-        if done < self.config.short_share and windows.shape[1] % SHORT_PARTS == 0:
-            return windows.view(-1, windows.shape[1] // SHORT_PARTS)
-        return windows
+        T = rows.tokens.shape[1]
+        if rows.given is None and done < self.config.short_share and T % SHORT_PARTS == 0:
+            return window_rows(rows.tokens.view(-1, T // SHORT_PARTS), self.corpus.tokenizer)
+        return rows
 
     def train_step(self, done: float) -> Tensor:
         """One optimizer step on one global batch, `done` of the run being over.
 
-        Returns the loss of this process's share of the batch, nats/token, on the device.
+        Returns the loss of this process's share of the batch, nats/character, on the device.
         """
-        windows = self.sample_windows(done)
-        batch = self.objective.make_batch(windows, self.generator)
-        self.flops += self.model.flops_per_token(windows.shape[1]) * windows.numel()
+        batch = self.objective.make_batch(self.sample_rows(done), self.generator)
+        self.flops += self.model.flops_per_token(batch.inputs.shape[1]) * batch.inputs.numel()
         total, parts = torch.zeros((), device=self.processes.device), self.config.accumulate
         for part in range(parts):
             with self.processes.local(self.replica, last=part == parts - 1), autocast(self.processes.device):
@@ -258,16 +365,16 @@ class Trainer:
             "lr": self.optimizers[-1].param_groups[0]["lr"],
         }
         self.losses.clear()
-        if is_last and self.calibration_windows is not None:
+        if is_last and self.calibration_rows is not None:
             record["temperature"] = self.calibrate()
             record["calibrated_val_loss"] = self.validate()
         return record
 
     @torch.no_grad()
-    def predict_windows(self, windows: Tensor) -> tuple[Tensor, NamedTuple]:
-        """The model's logits on windows (B, T), and the batch they belong to. The masks are the same every time."""
+    def predict_rows(self, rows: Rows) -> tuple[Tensor, NamedTuple]:
+        """The model's logits on rows, and the batch they belong to. The masks are the same every time."""
         self.model.eval()
-        batch = self.objective.make_batch(windows, torch.Generator().manual_seed(0))
+        batch = self.objective.make_batch(rows, torch.Generator().manual_seed(0))
         batch = type(batch)(*(x.to(self.processes.device) for x in batch))
         with autocast(self.processes.device):
             logits = self.objective.predict(self.model, batch)
@@ -276,7 +383,7 @@ class Trainer:
 
     def validate(self) -> float:
         """Loss on the validation windows, nats/char: exact for GPT, one draw of the upper bound for LLaDA."""
-        return self.objective.loss(*self.predict_windows(self.val_windows)).item()
+        return self.objective.loss(*self.predict_rows(self.val_rows)).item()
 
     def calibrate(self) -> float:
         """Divide the model's logits by the temperature that minimizes the loss on held-out text; returns it.
@@ -284,7 +391,7 @@ class Trainer:
         Many epochs make the model overconfident. Temperature scaling (arXiv 1706.04599) corrects most of that with one
         number. The loss is convex in 1 / temperature, so Newton's method finds it.
         """
-        logits, batch = self.predict_windows(self.calibration_windows)
+        logits, batch = self.predict_rows(self.calibration_rows)
         logits = logits.clamp(min=-1e4)  # -inf has no gradient
         scale = torch.ones((), device=logits.device, requires_grad=True)
         for _ in range(NEWTON_STEPS):
@@ -309,6 +416,7 @@ class Trainer:
             "seconds": self.seconds,
             "flops": self.flops,
             "losses": [float(loss) for loss in self.losses],
+            "fine_tuning": asdict(self.fine_tuning) if self.fine_tuning else None,
         }
         corpus = {"name": self.corpus.name, "sha256": self.corpus.sha256, "val_fraction": self.config.val_fraction}
         return Checkpoint(self.model, self.corpus.tokenizer, corpus, self.step, self.history, training)
@@ -325,11 +433,11 @@ class Trainer:
         if "config" not in training:
             raise ValueError(f"{checkpoint.path}: holds no training state of this version: cannot resume")
         config = replace(TrainConfig(**training["config"]), **changes)
-        corpus = load_corpus(changes.get("data") or checkpoint.corpus["name"])
-        if corpus.sha256 != checkpoint.corpus["sha256"]:
-            raise ValueError(f"{corpus.name} is not the text of {checkpoint.path}: restore it, or find it with --data")
-        self = cls(config, corpus, processes, clock)
-        self.model.load_state_dict(checkpoint.model.state_dict())
+        moved_to = changes.get("pairs" if config.pairs else "data")
+        corpus = load_same_corpus(checkpoint.corpus, config.segments, checkpoint.tokenizer, moved_to)
+        self = cls(config, corpus, processes, clock, base=checkpoint)
+        if training["fine_tuning"]:
+            self.fine_tuning = FineTuning(**training["fine_tuning"])
         self.step, self.history = checkpoint.step, checkpoint.history
         self.seconds_before, self.flops = training["seconds"], training["flops"]
         self.losses = [torch.tensor(loss, device=processes.device) for loss in training["losses"]]
@@ -353,17 +461,25 @@ def scoring_batch_size(model: Transformer) -> int:
 
 
 def score_validation(trainer: Trainer) -> Likelihood:
-    """Exact (GPT) or upper bound (LLaDA) on the whole validation part, or on about FINAL_CHARS characters of it."""
-    model, T = trainer.model.eval(), trainer.config.block_size
-    windows = validation_windows(trainer.val_ids, T, trainer.corpus.tokenizer, FINAL_CHARS)
-    evaluations = 2 * pairs_needed(len(windows[0]), T, FINAL_PAIRS) if trainer.objective.is_bound else 1  # of a window
+    """Exact (GPT) or upper bound (LLaDA) on the whole validation part, or on about FINAL_CHARS tokens of it."""
+    config = trainer.config
+    return score_rows(
+        trainer.model,
+        validation_rows(trainer.val_part, trainer.corpus.tokenizer, config.block_size, config.segments, FINAL_CHARS),
+    )
+
+
+def score_rows(model: Transformer, batches: list[Rows]) -> Likelihood:
+    """Exact (GPT) or upper bound (LLaDA) on rows, with a progress display."""
+    objective, (N, T) = OBJECTIVES[model.name], batches[0].tokens.shape
+    evaluations = 2 * pairs_needed(N, T, FINAL_PAIRS) if objective.is_bound else 1  # of a row
     with (
-        progress(evaluations * windows[0].numel(), "validate") as update,
-        EvaluationCounter(model, update=update),
+        progress(evaluations * N * T, "validate") as update,
+        EvaluationCounter(model.eval(), update=update),
     ):
-        return trainer.objective.likelihood(
+        return objective.likelihood(
             model,
-            [part.to(model.device) for part in windows],
+            [rows.to(model.device) for rows in batches],
             pairs=FINAL_PAIRS,
             batch_size=scoring_batch_size(model),
         )
@@ -372,11 +488,17 @@ def score_validation(trainer: Trainer) -> Likelihood:
 def summarize(trainer: Trainer, session: dict[str, float]) -> dict:
     """What the run cost and its final score, as plain values. `session`: what `Trainer.train` returned."""
     params, tokens = trainer.model.num_parameters(), trainer.step * trainer.tokens_per_step
-    result = score_validation(trainer)
+    result, fine_tuning = score_validation(trainer), None
+    if trainer.fine_tuning:
+        fine_tuning = asdict(trainer.fine_tuning) | {
+            "new_after": result.nats_per_char,
+            "old_after": None if trainer.fine_tuning.old_before is None else trainer.old_loss(),
+        }
     return {
         "params": params,
+        "params_trainable": trainer.model.num_trainable(),
         "tokens": tokens,
-        "epochs": tokens / len(trainer.train_set.ids),
+        "epochs": trainer.step * trainer.config.batch_size / trainer.train_set.rows_per_epoch,
         "tokens_per_param": tokens / params,
         "flops": trainer.flops,
         "pfs_days": trainer.flops / (1e15 * 86400),
@@ -384,5 +506,6 @@ def summarize(trainer: Trainer, session: dict[str, float]) -> dict:
         "nats_per_char": result.nats_per_char,
         "ci95": list(result.ci95) if math.isfinite(result.ci95[0]) else None,  # None: one window has no interval
         "is_bound": result.is_bound,
-        "chars": int(result.lengths.sum()),
+        "chars": int(result.characters.sum()),
+        "fine_tuning": fine_tuning,
     }

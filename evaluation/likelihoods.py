@@ -7,12 +7,14 @@ are exact.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from data import Rows
 from diffusion import MIN_T, compute_llada_loss, forward_process
 from likelihood import Likelihood, Predict, half_width95, likelihood_bound, pairs_needed
 from model import Transformer
-from tokenizer import MASK_ID, SPECIAL_TOKENS
+from tokenizer import MASK_ID, PAD_ID, SPECIAL_TOKENS, Tokenizer
 from utils.console import track
 
 
@@ -30,8 +32,8 @@ def likelihood_figures(result: Likelihood, model: Transformer) -> dict:
         "bits_per_char": result.nats_per_char / math.log(2),
         "perplexity": math.exp(result.nats_per_char),
         "is_bound": result.is_bound,
-        "chars": int(result.lengths.sum()),
-        "windows": len(result.lengths),
+        "chars": int(result.characters.sum()),
+        "windows": len(result.characters),
         "params": model.num_parameters(),
         "params_looked_up": model.num_looked_up(),
     }
@@ -43,29 +45,32 @@ def paired_difference(a: Likelihood, b: Likelihood) -> dict:
     Pairing removes how hard each window is, so the interval is narrower than those of a and b.
     """
     nats = a.window_nats - b.window_nats
-    mean, half = float(nats.sum() / a.lengths.sum()), half_width95(nats, a.lengths)
+    mean, half = float(nats.sum() / a.characters.sum()), half_width95(nats, a.characters)
     return {"nats_per_char": mean, "ci95": finite((mean - half, mean + half))}
 
 
-def loss_by_position(results: dict[str, Likelihood], windows: Tensor) -> dict[str, list[float]]:
-    """nats/char of each model at each of the T positions, the mean over full windows (N, T)."""
-    N, T = windows.shape
+def loss_by_position(results: dict[str, Likelihood], rows: Rows) -> dict[str, list[float]]:
+    """nats/token of each model at each of the T positions, the mean over full rows (N, T)."""
+    N, T = rows.tokens.shape
     return {name: result.token_nats[:N, :T].mean(0).tolist() for name, result in results.items()}
 
 
-def loss_by_character(results: dict[str, Likelihood], windows: list[Tensor], characters: str) -> dict[str, dict]:
-    """For each character of the windows: its count, and nats/char of each model on it."""
-    first = len(SPECIAL_TOKENS)
-    tokens = torch.cat([part.flatten() for part in windows]).cpu()
-    counts = torch.bincount(tokens, minlength=first + len(characters))
-    entries = {c: {"count": int(n)} for c, n in zip(characters, counts[first:], strict=True) if n}
+def loss_by_character(results: dict[str, Likelihood], batches: list[Rows], tokenizer: Tokenizer) -> dict[str, dict]:
+    """For each token of the rows (a character, if the tokenizer is one of characters): its count, and each model's
+    nats on it. Only text counts, and no special tokens."""
+    T = max(rows.tokens.shape[1] for rows in batches)
+    tokens = torch.cat([F.pad(rows.tokens, (0, T - rows.tokens.shape[1]), value=PAD_ID) for rows in batches]).cpu()
+    counted = torch.cat([F.pad(rows.counted, (0, T - rows.tokens.shape[1])) for rows in batches]).cpu()
+    counted &= tokens >= len(SPECIAL_TOKENS)
+    counts = torch.bincount(tokens[counted], minlength=tokenizer.vocab_size)
+    present = counts.nonzero()[:, 0].tolist()
+    entries = {i: {"count": int(counts[i])} for i in present}
     for name, result in results.items():
-        nats = torch.cat([row[:n] for row, n in zip(result.token_nats, result.lengths.tolist(), strict=True)])
-        means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, tokens, nats) / counts
-        for c, mean in zip(characters, means[first:].tolist(), strict=True):
-            if c in entries:
-                entries[c][name] = mean
-    return entries
+        totals = torch.zeros(len(counts), dtype=torch.float64)
+        totals.index_add_(0, tokens[counted], result.token_nats[:, :T][counted])
+        for i in present:
+            entries[i][name] = float(totals[i] / counts[i])
+    return {tokenizer.id_to_char[i]: entry for i, entry in entries.items()}
 
 
 def mean_and_interval(values: Tensor) -> tuple[float, list[float] | None]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive import decode
+from autoregressive import decode, exact_nll
 from evaluation.likelihoods import mean_and_interval
 from evaluation.metrics import (
     NGramModel,
@@ -26,7 +26,7 @@ from generation.text import generate_texts
 from likelihood import policy_likelihood
 from model import Transformer
 from tokenizer import MASK_ID, PAD_ID, START_ID, SimpleTokenizer
-from trainer import OBJECTIVES, scoring_batch_size
+from trainer import scoring_batch_size
 from unmasking import UnmaskingPolicy
 from utils.counter import EvaluationCounter
 
@@ -66,7 +66,7 @@ def exact_nats_per_char(model: Transformer, texts: Tensor) -> float:
     """
     size, policy = scoring_batch_size(model), UnmaskingPolicy(order="sweep")
     if model.causal:
-        return OBJECTIVES[model.name].likelihood(model, [texts.to(model.device)], batch_size=size).nats_per_char
+        return exact_nll(model, texts.to(model.device), START_ID, size).mean().item()
     result, _ = policy_likelihood(mask_predictor(model), texts, policy, MASK_ID, batch_size=size)
     return result.nats_per_char
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import data
 from checkpoint import Checkpoint, find_checkpoints, load_checkpoint
-from data import Corpus, load_corpus, validation_windows
+from data import Corpus, Rows, validation_rows
 from evaluation.likelihoods import (
     likelihood_figures,
     loss_by_character,
@@ -57,13 +58,7 @@ def select_checkpoints(paths: list[str], device: str) -> dict[str, Checkpoint]:
 
 def load_same_corpus(checkpoint: Checkpoint, name: str | None) -> Corpus:
     """The text the checkpoint was trained on. Raises ValueError if the text found is a different one."""
-    corpus = load_corpus(name or checkpoint.corpus["name"])
-    if corpus.sha256 != checkpoint.corpus["sha256"]:
-        raise ValueError(
-            f"{corpus.name} is not the text {checkpoint.path} was trained on (SHA-256 {corpus.sha256[:8]}, not "
-            f"{checkpoint.corpus['sha256'][:8]}): restore it, or name the file that holds it with --data"
-        )
-    return corpus
+    return data.load_same_corpus(checkpoint.corpus, checkpoint.model.config.segments, checkpoint.tokenizer, name)
 
 
 def describe_training(checkpoint: Checkpoint) -> dict:
@@ -98,43 +93,45 @@ class Evaluation:
         self.llada, self.tokenizer, self.device = self.models.get("llada"), first.tokenizer, first.model.device
         self.T = min(model.config.block_size for model in self.models.values())
         self.train, self.val = corpus.split(first.corpus["val_fraction"])
-        self.windows = self.spaced_windows(self.val, settings.windows)
-        self.train_windows = self.spaced_windows(self.train, settings.train_windows)
+        self.rows = self.spaced_rows(self.val, settings.windows)
+        self.train_rows = self.spaced_rows(self.train, settings.train_windows)
         self.results: dict[str, Likelihood] = {}
 
-    def spaced_windows(self, ids: Tensor, limit: int) -> list[Tensor]:
-        """At most `limit` windows, evenly spaced; if the text has no more, all of them and the short last one."""
-        return [part.to(self.device) for part in validation_windows(ids, self.T, self.tokenizer, limit * self.T)]
+    def spaced_rows(self, part: Tensor | list, limit: int) -> list[Rows]:
+        """At most `limit` rows, evenly spaced; if the text has no more, all of them and the short last window."""
+        segments = next(iter(self.models.values())).config.segments
+        batches = validation_rows(part, self.tokenizer, self.T, segments, limit * self.T)
+        return [rows.to(self.device) for rows in batches]
 
     def some_windows(self, limit: int) -> Tensor:
         """At most `limit` of the full validation windows, evenly spaced: (N, T)."""
-        N = len(self.windows[0])
-        return self.windows[0][torch.linspace(0, N - 1, min(limit, N)).long()]
+        windows = self.rows[0].tokens
+        return windows[torch.linspace(0, len(windows) - 1, min(limit, len(windows))).long()]
 
-    def score(self, windows: list[Tensor], pairs: int) -> dict[str, Likelihood]:
-        """The likelihood of the same windows under each model."""
+    def score(self, batches: list[Rows], pairs: int) -> dict[str, Likelihood]:
+        """The likelihood of the same rows under each model."""
         settings = {"pairs": pairs, "seed": self.seed}
         return {
-            name: OBJECTIVES[name].likelihood(model, windows, batch_size=scoring_batch_size(model), **settings)
+            name: OBJECTIVES[name].likelihood(model, batches, batch_size=scoring_batch_size(model), **settings)
             for name, model in self.models.items()
         }
 
     def likelihood(self) -> dict:
         """Figures of the validation text, the masking curve, loss by position and by character."""
-        self.results = self.score(self.windows, self.settings.pairs)
+        self.results = self.score(self.rows, self.settings.pairs)
         entries = {"models": {name: likelihood_figures(r, self.models[name]) for name, r in self.results.items()}}
         if len(self.results) == 2:
             entries["difference"] = paired_difference(self.results["llada"], self.results["gpt"])
         if self.llada is not None:
             curve = self.results["llada"].curve
             entries["masking_curve"], entries["masking_curve_fit"] = curve[1:].tolist(), monotone(curve)[1:].tolist()
-        entries["positions"] = loss_by_position(self.results, self.windows[0])
-        entries["characters"] = loss_by_character(self.results, self.windows, self.tokenizer.characters)
+        entries["positions"] = loss_by_position(self.results, self.rows[0])
+        entries["characters"] = loss_by_character(self.results, self.rows, self.tokenizer)
         return entries
 
     def training_text(self) -> dict:
         """The same figures on windows of the training text, to see overfitting."""
-        results = self.score(self.train_windows, TRAIN_PAIRS)
+        results = self.score(self.train_rows, TRAIN_PAIRS)
         return {"training_text": {name: likelihood_figures(r, self.models[name]) for name, r in results.items()}}
 
     def policies(self) -> dict:
@@ -142,7 +139,7 @@ class Evaluation:
         if self.llada is None:
             return {}
         bound, policies, limit = self.results["llada"], self.settings.policies(self.T), self.settings.policy_windows
-        rows = compare_policies(self.llada, self.windows[0], limit, policies, bound, self.seed)
+        rows = compare_policies(self.llada, self.rows[0].tokens, limit, policies, bound, self.seed)
         return {"schedules": compare_schedules(bound), "policies": rows}
 
     def sample_metrics(self) -> dict:
@@ -168,7 +165,7 @@ class Evaluation:
     def stages(self) -> list[Stage]:
         """All stages, in order."""
         settings, T, n = self.settings, self.T, len(self.models)
-        full, train = len(self.windows[0]), len(self.train_windows[0])
+        full, train = len(self.rows[0].tokens), len(self.train_rows[0].tokens)
         policy_steps = sum(policy.steps for policy in settings.policies(T))
         sample_steps = sum(kind["steps"] + STRIDE + n for kind in settings.sample_kinds(T)) + 2 * n
         return [

@@ -16,6 +16,7 @@ from autoregressive import (
     decode,
     exact_nll,
 )
+from data import Rows
 from model import GPT, LLaDAModel, ModelConfig
 from tokenizer import END_ID, PAD_ID, START_ID
 from utils.errors import ArgumentError
@@ -31,6 +32,11 @@ def random_gpt(vocab_size=12, block_size=10, arch="rotary", seed=0, scale=0.35) 
         for p in model.parameters():
             p.normal_(0, scale, generator=generator)
     return model
+
+
+def rows(windows: torch.Tensor) -> Rows:
+    """Running text of which every token is a character."""
+    return Rows(windows, torch.full((len(windows),), windows.shape[1]))
 
 
 def prompt(length: int, seed: int = 1, vocab_size: int = 12) -> torch.Tensor:
@@ -64,18 +70,19 @@ def test_exact_nll_is_the_training_loss_whatever_the_batch_size():
 def test_the_objective_is_the_causal_loss_and_its_exact_likelihood():
     model, objective = random_gpt(), CausalObjective()
     windows = torch.randint(4, 12, (7, 9), generator=torch.Generator().manual_seed(0))
-    batch = objective.make_batch(windows, torch.Generator())
+    batch = objective.make_batch(rows(windows), torch.Generator())
     loss = objective.loss(objective.predict(model, batch), batch)
-    likelihood = objective.likelihood(model, [windows[:5], windows[5:, :4], windows[:0]], batch_size=2)
+    parts = [rows(windows[:5]), rows(windows[5:, :4]), rows(windows[:0])]
+    likelihood = objective.likelihood(model, parts, batch_size=2)
     assert torch.equal(batch.targets, windows)
     assert loss.item() == pytest.approx(exact_nll(model, windows, START_ID).mean().item(), abs=1e-5)
-    assert likelihood.lengths.tolist() == [9] * 5 + [4] * 2
+    assert likelihood.characters.tolist() == [9] * 5 + [4] * 2
     short = exact_nll(model, windows[5:, :4], START_ID).sum(1).double()
     torch.testing.assert_close(likelihood.window_nats[5:], short, rtol=1e-5, atol=1e-5)
     assert not likelihood.is_bound
     assert not objective.is_bound
     with pytest.raises(ValueError, match="no text"):
-        objective.likelihood(model, [windows[:0]])
+        objective.likelihood(model, [rows(windows[:0])])
 
 
 # ------------------------------------------------------------------------------------------------- sliding context

@@ -13,12 +13,16 @@ import torch
 from conftest import ROOT, TINY
 
 import data
+import utils.download
+import utils.files
 from checkpoint import load_checkpoint
-from data import ShakespeareDataset, download_tinyshakespeare, load_corpus, validation_windows
+from data import ShakespeareDataset, load_corpus, validation_rows
 from tokenizer import SimpleTokenizer
+from utils.download import download
 
 GOOD = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 300
 SHA256 = hashlib.sha256(GOOD).hexdigest()
+ALPHABET = SimpleTokenizer("".join(map(chr, range(1000, 1252))))  # ids 4..255
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(utils.download.time, "sleep", lambda seconds: None)
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
 
@@ -67,7 +71,7 @@ cut_off, altered = (200, GOOD[:1000], len(GOOD)), (200, GOOD[:-1] + b"!", len(GO
 @pytest.mark.parametrize("first", [missing, broken, cut_off, altered])
 def test_download_retries_and_checks_the_content(server, tmp_path, first):
     http, url = server(first, whole)
-    path = download_tinyshakespeare(tmp_path / "a" / "input.txt", url, SHA256)
+    path = download(tmp_path / "a" / "input.txt", url, SHA256)
     assert path.read_bytes() == GOOD
     assert http.hits == 2
     assert list(path.parent.iterdir()) == [path]
@@ -78,7 +82,7 @@ def test_failed_download_gives_the_reason_and_leaves_the_old_file(server, tmp_pa
     http, url = server(answer)
     (tmp_path / "input.txt").write_text("old")
     with pytest.raises(OSError, match=reason):
-        download_tinyshakespeare(tmp_path / "input.txt", url, SHA256)
+        download(tmp_path / "input.txt", url, SHA256)
     assert http.hits == 3
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("input.txt", "old")]
 
@@ -86,7 +90,7 @@ def test_failed_download_gives_the_reason_and_leaves_the_old_file(server, tmp_pa
 def test_only_the_default_corpus_falls_back_to_pydoc_and_warns(server, tmp_path, monkeypatch, capsys):
     _, url = server(missing)
     monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr(data.download_tinyshakespeare, "__defaults__", (url, SHA256, 3, 10.0))
+    monkeypatch.setattr(data, "TINYSHAKESPEARE_URL", url)
     corpus = load_corpus()
     assert corpus.name == "pydoc"
     assert "WARNING" in capsys.readouterr().err
@@ -100,7 +104,7 @@ def test_tinyshakespeare_is_downloaded_once(server, tmp_path, monkeypatch):
     http, url = server(whole)
     monkeypatch.setattr(data, "CACHE", tmp_path)
     monkeypatch.setattr(data, "TINYSHAKESPEARE_SHA256", SHA256)
-    monkeypatch.setattr(data.download_tinyshakespeare, "__defaults__", (url, SHA256, 3, 10.0))
+    monkeypatch.setattr(data, "TINYSHAKESPEARE_URL", url)
     for _ in range(2):
         corpus = load_corpus()
         assert (corpus.name, corpus.sha256, len(corpus.ids)) == ("tinyshakespeare", SHA256, len(GOOD))
@@ -132,7 +136,7 @@ def test_large_texts_are_mapped_and_hold_the_same_ids(tmp_path, monkeypatch):
     path.write_text("naïve — 試 " * 5000 + "end", encoding="utf-8")
     small = load_corpus(str(path))
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
-    monkeypatch.setattr(data, "CHUNK_BYTES", 1001)  # cuts characters apart
+    monkeypatch.setattr(utils.files, "CHUNK_BYTES", 1001)  # cuts characters apart
     large = load_corpus(str(path))
     assert torch.equal(small.ids, large.ids)
     assert small.sha256 == large.sha256
@@ -163,7 +167,7 @@ def test_reading_a_mapped_text_does_not_fill_memory(tmp_path, monkeypatch):
     for forget in (True, False):
         before = resident_megabytes()
         for _ in range(200):
-            read = windows.sample(16, generator)
+            read = windows.sample(16, generator).tokens
             if forget:
                 corpus.forget_pages()
         grown[forget] = resident_megabytes() - before
@@ -208,20 +212,20 @@ def test_dataset_windows_equal_slices():
     assert next(iter(torch.utils.data.DataLoader(dataset, batch_size=6))).shape == (6, 7)
     with pytest.raises(IndexError):
         dataset[len(dataset)]
-    with pytest.raises(ValueError, match="too few for one window of 31"):
+    with pytest.raises(ValueError, match="too short for one window of 31"):
         ShakespeareDataset(text, tokenizer, 31)
 
 
 @pytest.mark.parametrize("length", [5, 16, 48, 50])
 def test_validation_covers_every_character_once(length):
     ids = torch.arange(4, 4 + length, dtype=torch.uint8)
-    windows = validation_windows(ids, 16, SimpleTokenizer("a"))
+    windows = [rows.tokens for rows in validation_rows(ids, ALPHABET, 16)]
     assert torch.equal(torch.cat([part.flatten() for part in windows]), ids.long())
 
 
 def test_batches_follow_the_generator():
-    dataset = ShakespeareDataset(torch.arange(4, 250, dtype=torch.uint8), SimpleTokenizer("a"), 8)
-    one, two, other = (dataset.sample(5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    dataset = ShakespeareDataset(torch.arange(4, 250, dtype=torch.uint8), ALPHABET, 8)
+    one, two, other = (dataset.sample(5, torch.Generator().manual_seed(seed)).tokens for seed in (1, 1, 2))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert (one[:, 1:] - one[:, :-1] == 1).all()

@@ -114,7 +114,7 @@ def test_results_do_not_depend_on_the_batch_size():
 def test_every_character_counts_once_and_a_uniform_predictor_scores_log_v(length):
     windows = [all_strings(), all_strings(length)[:1]]
     result = likelihood_bound(uniform, windows, MASK, pairs=1, batch_size=16, generator=seeded(0))
-    assert result.lengths.sum() == sum(part.numel() for part in windows)
+    assert result.characters.sum() == sum(part.numel() for part in windows)
     assert result.nats_per_char == pytest.approx(math.log(V), rel=1e-12)
     assert result.token_nats[-1, length:].abs().sum() == 0
     low, high = result.ci95

@@ -15,10 +15,10 @@ from conftest import ROOT, TINY
 
 import train
 from checkpoint import CheckpointWriter, load_checkpoint, loss_of_weights
-from data import load_corpus, validation_windows
+from data import load_corpus, validation_rows, window_rows
 from diffusion import DiffusionObjective
 from model import ENCODERS, MODELS
-from tokenizer import MASK_ID
+from tokenizer import MASK_ID, SimpleTokenizer
 from trainer import OBJECTIVES, OPTIMIZERS, TrainConfig, Trainer
 from utils.console import progress
 from utils.errors import ArgumentError
@@ -51,7 +51,7 @@ def test_mean_of_the_diffusion_loss_is_the_bound():
         return logits
 
     objective, generator = DiffusionObjective(), torch.Generator().manual_seed(0)
-    batches = [objective.make_batch(sequences, generator) for _ in range(200)]
+    batches = [objective.make_batch(window_rows(sequences, SimpleTokenizer("ab")), generator) for _ in range(200)]
     for batch in batches:
         assert torch.equal(batch.inputs, torch.where(batch.mask, MASK_ID, batch.targets))
     losses = torch.stack([objective.loss(objective.predict(model, batch), batch) for batch in batches])
@@ -102,7 +102,7 @@ def test_calibration_finds_the_temperature_of_least_loss_for_any_scale_of_the_he
     for _ in range(40):
         trainer.train_step(0.0)
     trainer.calibrate()
-    trainer.val_windows = trainer.calibration_windows
+    trainer.val_rows = trainer.calibration_rows
     best, weight = trainer.validate(), trainer.model.head.weight
     with torch.no_grad():
         for other in (0.95, 1.05 / 0.95):
@@ -117,10 +117,10 @@ def test_text_held_out_for_calibration_is_neither_trained_nor_validated_on(corpu
     trainer = small_trainer("gpt", corpus_file, calibration=0.25)
     train_ids, val_ids = trainer.corpus.split(0.2)
     held_out = int(0.25 * len(train_ids))
-    expected = validation_windows(train_ids[:held_out], 16, trainer.corpus.tokenizer)[0]
+    expected = validation_rows(train_ids[:held_out], trainer.corpus.tokenizer, 16)[0]
     assert torch.equal(trainer.train_set.ids, train_ids[held_out:])
-    assert torch.equal(trainer.calibration_windows, expected)
-    assert torch.equal(trainer.val_ids, val_ids)
+    assert torch.equal(trainer.calibration_rows.tokens, expected.tokens)
+    assert torch.equal(trainer.val_part, val_ids)
 
 
 @pytest.mark.parametrize("model", ["llada", "gpt"])
@@ -132,7 +132,7 @@ def test_val_loss_is_never_calibrated_and_the_last_record_has_both_losses(comman
     assert ["temperature" in record for record in trainer.history] == [False] * 9 + [True]
     assert trainer.validate() == last["calibrated_val_loss"]
     uncalibrated = small_trainer(model, corpus_file, steps=20, calibration=0.25)
-    uncalibrated.calibration_windows = None
+    uncalibrated.calibration_rows = None
     uncalibrated.train()
     assert [r["val_loss"] for r in uncalibrated.history] == [r["val_loss"] for r in trainer.history]
     assert uncalibrated.validate() == last["val_loss"] != last["calibrated_val_loss"]
@@ -206,7 +206,7 @@ def test_short_windows_hold_the_same_tokens_for_their_share_of_the_run(corpus_fi
     windows = {}
     for share in (0.0, 0.5):
         trainer = small_trainer("gpt", corpus_file, short_share=share)
-        windows[share] = [trainer.sample_windows(done) for done in (0, 0.25, 0.5, 0.75)]
+        windows[share] = [trainer.sample_rows(done).tokens for done in (0, 0.25, 0.5, 0.75)]
     assert [x.shape for x in windows[0.0]] == [(8, 16)] * 4
     assert [x.shape for x in windows[0.5]] == [(16, 8), (16, 8), (8, 16), (8, 16)]
     assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(*windows.values(), strict=True))
@@ -351,8 +351,8 @@ def test_training_learns(command, corpus_file, tmp_path):
         train_ids, val_ids = corpus.split(0.2)
         frequencies = torch.bincount(train_ids.long()).float() / len(train_ids)
         unigram = -frequencies[val_ids.long()].clamp(min=1e-9).log().mean().item()
-        windows = validation_windows(val_ids, 16, corpus.tokenizer)
-        result = OBJECTIVES[model].likelihood(checkpoint.model, windows, pairs=2, seed=0)
+        rows = validation_rows(val_ids, corpus.tokenizer, 16)
+        result = OBJECTIVES[model].likelihood(checkpoint.model, rows, pairs=2, seed=0)
         assert result.nats_per_char < 0.6 * unigram
 
 
@@ -419,7 +419,7 @@ def test_resuming_needs_the_state_of_a_run_and_its_text(corpus_file, tmp_path):
     with pytest.raises(ValueError, match="no training state"):
         Trainer.resume(replace(checkpoint, training={}), Processes("cpu"))
     corpus_file.write_text("quite another text " * 100)
-    with pytest.raises(ValueError, match="is not the text of"):
+    with pytest.raises(ValueError, match="is not the text the model was trained on"):
         Trainer.resume(checkpoint, Processes("cpu"))
 
 

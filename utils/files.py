@@ -1,9 +1,16 @@
-"""Atomic writes."""
+"""Files: written whole or not at all, read as text in chunks, and computed once from another file."""
 
+import codecs
+import hashlib
+import json
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+CHUNK_BYTES = 1 << 24
 
 
 @contextmanager
@@ -21,3 +28,58 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass
+class FileText:
+    """The text of a UTF-8 file in chunks; it can be iterated over again and again.
+
+    Raises ValueError with the file and the position if it is not UTF-8.
+    """
+
+    path: Path
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with open(self.path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                try:
+                    yield decoder.decode(chunk)
+                except UnicodeDecodeError as error:
+                    position = file.tell() - len(chunk) + error.start
+                    raise ValueError(f"{self.path}: not UTF-8 text (near byte {position}): convert it first") from None
+        if decoder.getstate()[0]:
+            raise ValueError(f"{self.path}: not UTF-8 text (it ends inside a character): convert it first")
+
+
+def mapped_cache(source: Path, path: Path, build: Callable[[Path], dict]) -> tuple[mmap.mmap, str, dict]:
+    """Memory-map the file at `path`, which is computed from the file `source` on first use and when that has changed.
+
+    build(temporary) writes the content to a temporary file and returns plain values. PATH.json keeps these, the hash of
+    the source, its size and its modification time, so that an unchanged source need not be read again. Both files are
+    written atomically, PATH.json last. Returns the mapping, the source's SHA-256 and the values.
+    Raises ValueError if the file has not the size it was written with.
+    """
+    note_path = path.with_name(path.name + ".json")
+    stat = source.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    note = json.loads(note_path.read_text()) if note_path.exists() and path.exists() else None
+    if note is None or (note["stamp"] != stamp and note["sha256"] != sha256_of(source)):
+        with atomic_write(path) as temporary:
+            values = build(temporary)
+        note = {"sha256": sha256_of(source), "bytes": path.stat().st_size, "values": values}
+    if note.get("stamp") != stamp:
+        note["stamp"] = stamp
+        with atomic_write(note_path) as temporary:
+            temporary.write_text(json.dumps(note))
+    with open(path, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch wants a writable array
+    if len(mapping) != note["bytes"]:
+        raise ValueError(f"{path}: {len(mapping)} bytes, expected {note['bytes']}: delete it to have it rebuilt")
+    return mapping, note["sha256"], note["values"]

@@ -1,0 +1,287 @@
+"""Segments between [START] and [END], and pairs: rows without a lost character, and both likelihoods by enumeration."""
+
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from toy import MASK, TablePredictor, all_masks, all_strings, cross_entropies
+
+from autoregressive import CausalObjective
+from data import (
+    SEPARATORS,
+    Corpus,
+    Pair,
+    Rows,
+    cut_segment,
+    load_pairs,
+    make_dataset,
+    pair_rows,
+    segment_rows,
+    split_segments,
+    validation_rows,
+)
+from diffusion import DiffusionObjective, full_context
+from likelihood import conditional_bound
+from model import ENCODERS, GPT, LLaDAModel, ModelConfig
+from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID, SimpleTokenizer
+
+A, B = 4, 5  # the two characters of the toy
+TEXTS = [
+    "",
+    "\n\n",
+    "a\n\nb",
+    "a\n\n\nb\n\n\n\n\nc\n",
+    "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" + "long. " * 30,
+    "x" * 100,
+    "one two three\n" * 20,
+]
+
+
+def random_model(model_class, block_size=5, arch="rotary", vocab_size=6):
+    """A small model with random weights everywhere."""
+    config = ModelConfig(vocab_size, block_size, 16, 2, 2, arch=arch, ngram_rows=101, segments="line")
+    model, generator = model_class(config).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.35, generator=generator)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- rows of a text
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", SEPARATORS)
+def test_segments_hold_every_character_of_the_text_once(text, kind):
+    separator = SEPARATORS[kind]
+    segments = split_segments(text, separator)
+    assert separator.join(segments) == text
+    tokenizer = SimpleTokenizer(text + "ab")
+    dataset = segment_rows(text, tokenizer, 16, separator)
+    assert "".join(tokenizer.decode(row) for row in dataset) == "".join(segments)
+    assert int(dataset.characters.sum()) == len(text), "an [END] counts as the separator that it replaces"
+    for row, padded in zip(dataset, dataset.tokens, strict=True):
+        assert row[-1] == END_ID
+        assert (row[:-1] >= A).all()
+        assert (padded[len(row) :] == PAD_ID).all()
+        assert len(padded) == 16
+
+
+def test_long_segments_are_cut_at_lines_then_sentences_then_words_then_anywhere():
+    def fits(piece):
+        return len(piece) <= 20
+
+    for segment, ends in (
+        ("aaa bbb. ccc ddd\n" * 3, r"\n$"),
+        ("Aaa bbb ccc. Ddd eee! Ggg hhh? ", r"[.!?]\s$"),
+        ("word " * 12, r"\s$"),
+        ("x" * 50, r"x$"),
+    ):
+        pieces = cut_segment(segment, fits)
+        assert "".join(pieces) == segment
+        assert all(map(fits, pieces))
+        assert all(re.search(ends, piece) for piece in pieces)
+
+
+def test_windows_do_not_change_and_hold_as_many_characters_as_tokens():
+    text = "abcdefghij" * 5
+    tokenizer = SimpleTokenizer(text)
+    ids = torch.from_numpy(tokenizer.encode(text))
+    first, rest = validation_rows(ids, tokenizer, 16)
+    assert first.given is None
+    assert first.characters.tolist() == [16] * 3
+    assert rest.characters.tolist() == [2]
+    assert first.counted.all()
+
+
+@pytest.mark.parametrize("kind", ["window", *SEPARATORS])
+def test_evenly_spaced_rows_when_there_are_too_many(kind):
+    text = "".join(f"line {i}\n\n" for i in range(50))
+    tokenizer = SimpleTokenizer(text)
+    ids = torch.from_numpy(tokenizer.encode(text))
+    (rows,) = validation_rows(ids, tokenizer, 12, kind, max_tokens=60)
+    everything = make_dataset(ids, tokenizer, 12, kind, stride=12)
+    assert len(rows.tokens) == 5
+    assert torch.equal(rows.tokens[0], everything.rows(torch.tensor([0])).tokens[0])
+    assert torch.equal(rows.tokens[-1], everything.rows(torch.tensor([len(everything) - 1])).tokens[0])
+
+
+# ------------------------------------------------------------------------------------------------- pairs
+def test_pairs_are_rows_of_which_the_prompt_is_given(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pairs = [Pair("abc", "cba"), Pair("", "x"), Pair("[START]", "")]
+    path.write_text("\n".join(json.dumps(pair._asdict()) for pair in pairs) + "\n\n")
+    corpus = load_pairs(str(path))
+    assert corpus.pairs == pairs
+    tokenizer = corpus.tokenizer
+    rows = pair_rows(corpus.pairs, tokenizer, 10).rows(torch.arange(3))
+    a, b, c = tokenizer.encode("abc").tolist()
+    assert rows.tokens[0].tolist() == [a, b, c, START_ID, c, b, a, END_ID, PAD_ID, PAD_ID]
+    assert rows.given.tolist() == [4, 1, 8]
+    assert rows.characters.tolist() == [3, 1, 0]
+    assert rows.counted.sum(1).tolist() == [4, 2, 1]
+    train, val = corpus.split(0.34)
+    assert (train, val) == (pairs[:1], pairs[1:])
+
+
+@pytest.mark.parametrize(
+    "line", ["no json", '{"prompt": "a"}', '["a", "b"]', '{"prompt": 1, "completion": "b"}', '"text"', "1"]
+)
+def test_a_bad_pair_is_named_by_its_line(tmp_path, line):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="line 2: not"):
+        load_pairs(str(path))
+
+
+def test_missing_empty_and_too_long_pairs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_pairs(str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no pairs"):
+        load_pairs(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match="pair 'aaaa' takes 10 tokens, more than the context of 9"):
+        pair_rows([Pair("aaaa", "aaa")], SimpleTokenizer("a"), 8)
+    with pytest.raises(ValueError, match="no pairs in one of the parts"):
+        pair_rows([], SimpleTokenizer("a"), 8)
+
+
+# ------------------------------------------------------------------------------------------------- what is learned
+def segment(*ids: int, T: int = 4) -> Rows:
+    """One segment of the toy."""
+    tokens = torch.tensor([[*ids, END_ID, *[PAD_ID] * (T - 1 - len(ids))]])
+    return Rows(tokens, torch.tensor([len(ids) + 1]), torch.tensor([0]))
+
+
+def test_lladas_context_is_start_the_segment_and_ends():
+    rows = Rows(torch.tensor([[A, START_ID, B, END_ID, PAD_ID]]), torch.tensor([1]), torch.tensor([2]))
+    tokens, may_mask = full_context(rows)
+    assert tokens.tolist() == [[START_ID, A, START_ID, B, END_ID, END_ID]]
+    assert may_mask.tolist() == [[False, False, False, True, True, True]]
+    for seed in range(20):
+        batch = DiffusionObjective().make_batch(rows, torch.Generator().manual_seed(seed))
+        assert torch.equal(batch.targets, tokens)
+        assert not (batch.mask & ~may_mask).any()
+        assert torch.equal(batch.inputs, tokens.masked_fill(batch.mask, MASK_ID))
+
+
+def test_gpts_targets_are_neither_given_nor_padding():
+    rows = Rows(torch.tensor([[A, START_ID, B, END_ID, PAD_ID]]), torch.tensor([1]), torch.tensor([2]))
+    batch = CausalObjective().make_batch(rows)
+    assert batch.inputs.tolist() == [[START_ID, A, START_ID, B, END_ID]]
+    assert batch.targets.tolist() == [[-100, -100, B, END_ID, -100]]
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_what_stands_behind_gpts_padding_changes_nothing(arch):
+    """Any ids in place of [PAD]: the same losses of the text, and no gradient from the padding."""
+    model, objective = random_model(GPT, arch=arch), CausalObjective()
+    rows = segment(A, B)
+    batch = objective.make_batch(rows)
+    loss = objective.loss(objective.predict(model, batch), batch)
+    for ids in itertools.product(range(6), repeat=1):
+        other = batch._replace(inputs=batch.inputs.clone())
+        other.inputs[0, 3:] = torch.tensor(ids)
+        assert torch.equal(objective.loss(objective.predict(model, other), other), loss)
+    exact = objective.likelihood(model, [rows])
+    assert exact.token_nats[0, 3] == 0
+    assert exact.nats_per_char == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_lladas_contexts_hold_no_padding_whatever_the_rows_hold_there(arch):
+    """LLaDA never meets a [PAD]: its input is the same with any amount of padding behind the text."""
+    model, objective = random_model(LLaDAModel, arch=arch), DiffusionObjective()
+    result = objective.likelihood(model, [segment(A, B)], pairs=50)
+    assert not (full_context(segment(A))[0] == PAD_ID).any()
+    ended = Rows(torch.tensor([[A, B, END_ID, END_ID]]), torch.tensor([3]), torch.tensor([0]))
+    assert torch.equal(objective.likelihood(model, [ended], pairs=50).window_nats, result.window_nats)
+
+
+def test_gpts_likelihoods_of_all_segments_sum_to_one():
+    """Over all texts of at most 3 characters that end, and those of 4 tokens that do not."""
+    model = random_model(GPT)
+    total = 0.0
+    for n in range(4):
+        for ids in itertools.product((A, B), repeat=n):
+            total += CausalObjective().likelihood(model, [segment(*ids)]).window_nats.neg().exp().item()
+    for ids in itertools.product((A, B), repeat=4):
+        rows = Rows(torch.tensor([ids]), torch.tensor([4]), torch.tensor([0]))
+        total += CausalObjective().likelihood(model, [rows]).window_nats.neg().exp().item()
+    assert total == pytest.approx(1, abs=1e-5)
+
+
+def exact_bound(predict, tokens, free) -> float:
+    """Sum over m of c(m) of one row, over all masks of the free positions, written out."""
+    total, n = 0.0, int(free.sum())
+    positions = free.nonzero()[:, 0].tolist()
+    for m in range(1, n + 1):
+        values = []
+        for chosen in itertools.combinations(positions, m):
+            mask = torch.zeros_like(free)
+            mask[list(chosen)] = True
+            log_p = predict(tokens.masked_fill(mask, MASK_ID)[None])[0].log_softmax(-1)
+            values.append(-log_p[list(chosen), tokens[list(chosen)]].mean().item())
+        total += sum(values) / len(values)
+    return total
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_lladas_likelihood_of_a_row_is_the_mean_over_all_masks(given):
+    """Of a segment and of a pair: the estimate approaches the enumeration, and the loss has the same mean."""
+    model, objective = random_model(LLaDAModel), DiffusionObjective()
+    rows = Rows(torch.tensor([[A, START_ID if given else B, B, END_ID]]), torch.tensor([1]), torch.tensor([given]))
+    tokens, free = (x[0] for x in full_context(rows))
+    with torch.inference_mode():
+        expected = exact_bound(model, tokens, free)
+    results = [objective.likelihood(model, [rows], pairs=40, seed=seed) for seed in range(10)]
+    estimates = torch.stack([result.window_nats[0] for result in results])
+    error = estimates.std().item() / len(estimates) ** 0.5
+    assert estimates.mean().item() == pytest.approx(expected, abs=5 * error + 1e-5)
+    assert results[0].is_bound
+    assert results[0].characters.tolist() == [1]
+
+    generator, batch_of = torch.Generator().manual_seed(0), [x.expand(256, *x.shape[1:]) for x in rows]
+    losses = []
+    with torch.no_grad():
+        for _ in range(60):
+            batch = objective.make_batch(Rows(*batch_of), generator)
+            losses.append(objective.loss(objective.predict(model, batch), batch).item())
+    losses = torch.tensor(losses)
+    assert losses.mean().item() == pytest.approx(expected, abs=5 * losses.std().item() / 60**0.5 + 5e-3)
+
+
+def test_conditional_bound_is_exact_for_one_and_two_free_tokens_and_unbiased_for_more():
+    predict, x = TablePredictor(), all_strings()[50]
+    for free in all_masks():
+        masks = all_masks()
+        masks = masks[~(masks & ~free).any(1)]  # the masks of free positions
+        nats = cross_entropies(predict, x, masks).sum(1) / masks.sum(1)
+        expected = sum(float(nats[masks.sum(1) == m].mean()) for m in range(1, int(free.sum()) + 1))
+        generator = torch.Generator().manual_seed(0)
+        result = conditional_bound(predict, x[None].expand(400, -1), free.expand(400, -1), MASK, generator=generator)
+        tolerance = 1e-9 if free.sum() <= 2 else 5 * result.window_nats.std().item() / 20
+        assert result.window_nats.mean().item() == pytest.approx(expected, abs=tolerance)
+        assert (result.token_nats[:, ~free] == 0).all()
+
+
+def test_losses_are_per_character_of_the_whole_batch():
+    """Parts of a batch weigh alike, whatever their rows hold: their mean loss is that of the whole batch."""
+    model, objective = random_model(GPT), CausalObjective()
+    parts = [segment(A), segment(A, B, A)]
+    rows = Rows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    batch = objective.make_batch(rows)
+    whole = objective.loss(objective.predict(model, batch), batch)
+    halves = [type(batch)(*(x[i : i + 1] for x in batch)) for i in range(2)]
+    losses = torch.stack([objective.loss(objective.predict(model, half), half) for half in halves])
+    assert losses.mean().item() == pytest.approx(whole.item(), rel=1e-6)
+    assert whole.item() == pytest.approx(objective.likelihood(model, [rows]).nats_per_char, rel=1e-6)
+
+
+def test_the_corpus_splits_before_it_is_cut_into_segments():
+    text = (ROOT / "README.md").read_text()
+    tokenizer = SimpleTokenizer(text)
+    corpus = Corpus("README", "", tokenizer, torch.from_numpy(tokenizer.encode(text)))
+    parts = [make_dataset(part, tokenizer, 64, "paragraph") for part in corpus.split(0.2)]
+    assert sum(int(part.characters.sum()) for part in parts) == len(text)
