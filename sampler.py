@@ -129,6 +129,7 @@ class Step:
     revealed: Tensor  # bool: written at this step
     remasked: Tensor  # bool: masked again at this step
     confidence: Tensor  # float64: the network's probability of each token when it was written; 1 if given, 0 if masked
+    probabilities: Tensor  # (n, V) float64: the network's at the n positions written at this step, in row-major order
     nfe: int  # network evaluations so far: calls of predict (a guided call holds each row twice, and is one)
     evaluations: Tensor  # (B,) rows that the network has read for each of ours: guidance counts 2 a call
 
@@ -181,8 +182,9 @@ def unmask(
     masked = tokens == mask_token_id
     confidence = (~masked).double()
     nfe, evaluations = 0, torch.zeros(len(tokens), dtype=torch.long)
+    nothing = confidence.new_empty(0, 0)  # a step that writes nothing has no probabilities
     if not masked.any():
-        yield Step(tokens, torch.zeros_like(masked), torch.zeros_like(masked), confidence, nfe, evaluations)
+        yield Step(tokens, torch.zeros_like(masked), torch.zeros_like(masked), confidence, nothing, nfe, evaluations)
     unfinished = list(range(len(tokens)))
     while True:
         # 1. What each row's schedule asks for: candidates, how many of them to reveal, what to mask again.
@@ -190,7 +192,7 @@ def unmask(
         unfinished = [b for b in unfinished if moves[b] is not None]
         if not unfinished:
             return
-        revealed, remasked = torch.zeros_like(masked), torch.zeros_like(masked)
+        revealed, remasked, p = torch.zeros_like(masked), torch.zeros_like(masked), nothing
         active = [b for b in unfinished if moves[b].count]  # rows that only remask need no network
         if active:
             # 2. One network evaluation.
@@ -204,13 +206,13 @@ def unmask(
             counts, starts = [moves[b].count for b in active], [first_columns[b] for b in active]
             chosen, written, p = reveal(config, logits, tokens[active], candidates, counts, starts, never)
             revealed[active] = chosen
-            tokens[revealed], confidence[revealed] = written, p
+            tokens[revealed], confidence[revealed] = written, p.gather(1, written[:, None])[:, 0]
         # 4. Remasking.
         for b in unfinished:
             remasked[b] = moves[b].remasked
         tokens[remasked], confidence[remasked] = mask_token_id, 0.0
         masked = tokens == mask_token_id
-        yield Step(tokens.clone(), revealed, remasked, confidence.clone(), nfe, evaluations.clone())
+        yield Step(tokens.clone(), revealed, remasked, confidence.clone(), p, nfe, evaluations.clone())
 
 
 def reveal(
@@ -222,7 +224,7 @@ def reveal(
     first_columns: list[int],
     never: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (B, T) bool and, in row-major order, their tokens and probabilities, given logits (B, T, V).
+    """Given logits (B, T, V): n positions (B, T) bool, their tokens (n,) and the probabilities there (n, V), row-major.
 
     Tokens are drawn for the revealed positions alone. Only the drawn_confidence order needs a token for every
     candidate, as the drawn tokens decide the positions.
@@ -232,7 +234,7 @@ def reveal(
         chosen = config.choose(candidates, counts, first_columns)
         at_chosen = logits_at(logits, tokens, chosen, config)
         written = draw_tokens(at_chosen, chosen, generators, config, never)
-        return chosen, written, at_chosen.softmax(-1).gather(1, written[:, None])[:, 0]
+        return chosen, written, at_chosen.softmax(-1)
 
     at_candidates = logits_at(logits, tokens, where, config)  # (N, V)
     p = at_candidates.softmax(-1)  # a foreign predictor may give ids that are never written a share
@@ -241,10 +243,10 @@ def reveal(
         drawn = draw_tokens(at_candidates, where, generators, config, never)
         candidates.drawn_p = p.gather(1, drawn[:, None])[:, 0]
         chosen = config.choose(candidates, counts, first_columns)
-        return chosen, drawn[chosen[where]], candidates.drawn_p[chosen[where]]
+        return chosen, drawn[chosen[where]], p[chosen[where]]
     chosen = config.choose(candidates, counts, first_columns)
     written = draw_tokens(at_candidates[chosen[where]], chosen, generators, config, never)
-    return chosen, written, p[chosen[where]].gather(1, written[:, None])[:, 0]
+    return chosen, written, p[chosen[where]]
 
 
 def logits_at(logits: Tensor, tokens: Tensor, where: Tensor, config: SamplingConfig) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from autoregressive import decode, exact_nll
 from benchmarks.timing import Row, timed
 from checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from data import load_corpus, validation_windows
+from data import load_same_corpus, validation_rows
 from generation.infilling import mask_predictor
 from likelihood import Likelihood, Predict, half_width95, policy_likelihood
 from model import GPT, LLaDAModel
@@ -56,8 +56,8 @@ def samplers(T: int) -> dict[str, SamplingConfig]:
 # ------------------------------------------------------------------------------------------------- likelihood
 def held_out_windows(checkpoint: Checkpoint, T: int, n_windows: int) -> Tensor:
     """(N, T): evenly spaced windows of the text that the model was not trained on; n_windows, or all there are."""
-    _, ids = load_corpus(checkpoint.corpus["name"]).split(checkpoint.corpus["val_fraction"])
-    windows = validation_windows(ids, T, checkpoint.tokenizer)[0]
+    corpus = load_same_corpus(checkpoint.corpus, "window", checkpoint.tokenizer)
+    windows = validation_rows(corpus.split(checkpoint.corpus["val_fraction"])[1], checkpoint.tokenizer, T)[0].tokens
     return windows[torch.linspace(0, len(windows) - 1, min(n_windows, len(windows))).long()]
 
 
@@ -94,7 +94,7 @@ def difference(a: Likelihood | None, b: Likelihood | None) -> str:
     """Bits/char by which a is above b, with the paired 95 % interval: both are of the same windows."""
     if a is None or b is None or a is b:
         return "-"
-    half = half_width95(a.window_nats - b.window_nats, a.lengths)
+    half = half_width95(a.window_nats - b.window_nats, a.characters)
     return f"{(a.nats_per_char - b.nats_per_char) / math.log(2):+.3f} +- {half / math.log(2):.3f}"
 
 

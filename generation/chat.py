@@ -4,16 +4,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from utils.console import deferred_interrupt, say
+from utils.console import deferred_interrupt, encoding_problem, say, write
+
+LEAVE = ("exit", "quit")
 
 
 def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
-    """For every line of standard input, print it and what answer(line, turn) yields, until `quit` or the end of input.
+    """For every line of standard input, print it and what answer(line, turn) yields, until `exit` or the end of input.
 
-    A ValueError that `answer` raises is shown as one line, and the next line is read. Ctrl-C and Ctrl-D end the chat.
+    A ValueError that `answer` raises is shown as one line, and the next line is read. Ctrl-C ends an answer; a second
+    one, or one at the prompt, ends the chat, and so does Ctrl-D.
     """
     if sys.stdin.isatty():
-        say("Enter the beginning of a text; the model continues it. `quit` ends.")
+        say("Enter the beginning of a text; the model continues it. Ctrl-C ends an answer, `exit` the chat.")
     try:
         for turn, prompt in enumerate(read_prompts()):
             try:
@@ -21,19 +24,21 @@ def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
             except ValueError as error:
                 say(f"error: {error}")
                 continue
-            print(prompt, end="", flush=True)
+            write(prompt)
             with deferred_interrupt() as stopping:  # stop between two pieces: torch can lose an exception raised in it
                 for piece in pieces:
-                    print(piece, end="", flush=True)
+                    write(piece)
                     if stopping():
-                        raise KeyboardInterrupt
-            print("\n", flush=True)
+                        break
+            write("\n\n")
     except KeyboardInterrupt:
         say()
 
 
 def read_prompts() -> Iterator[str]:
-    """Lines of standard input up to `quit`, without empty ones; on a terminal with line editing and history."""
+    """Lines of standard input up to `exit`, without empty ones; on a terminal with line editing and history."""
+    with suppress(AttributeError):  # not a real stream
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding are no end of the chat
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
         with suppress(ImportError):  # not available on every system
@@ -45,7 +50,9 @@ def read_prompts() -> Iterator[str]:
             if sys.stdin.isatty():
                 say()
             return
-        if line == "quit":
+        if line in LEAVE:
             return
-        if line:
+        if problem := encoding_problem(line):
+            say(f"error: {problem}")
+        elif line:
             yield line

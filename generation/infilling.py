@@ -10,6 +10,7 @@ Letters: B texts, T characters.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +27,30 @@ MASK_PATTERN = re.compile(r"\[MASK(?:\*(\d{1,7}))?\]")  # a run of fewer than te
 
 
 # ------------------------------------------------------------------------------------------------- templates
-def parse_template(template: str, tokenizer: SimpleTokenizer) -> Tensor:
+def parse_template(template: str, tokenizer: SimpleTokenizer, keep_unknown: bool = False) -> Tensor:
     """Text with [MASK] (one character) and [MASK*n] (n characters) -> (T,) ids.
 
     >>> parse_template("ab[MASK*2]", SimpleTokenizer("ab"))
     tensor([4, 5, 1, 1])
 
-    Raises ValueError for characters the tokenizer does not know.
+    Raises ValueError for characters the tokenizer does not know, unless they are to be kept, see `encode_known`.
     """
-    parts, end = [], 0
+    encode_text, parts, end = encode_known if keep_unknown else encode, [], 0
     for match in MASK_PATTERN.finditer(template):
-        parts.append(encode(template[end : match.start()], tokenizer))
+        parts.append(encode_text(template[end : match.start()], tokenizer))
         parts.append(torch.full((int(match[1] or 1),), MASK_ID))
         end = match.end()
-    return torch.cat([*parts, encode(template[end:], tokenizer)])
+    return torch.cat([*parts, encode_text(template[end:], tokenizer)])
+
+
+def fill_template(template: str, written: Tensor, tokenizer: SimpleTokenizer) -> str:
+    """The template with its masks replaced by the ids that were written there, in order: (number of masks,).
+
+    >>> fill_template("a[MASK] \\r é[MASK*2]", torch.tensor([5, 4, 4]), SimpleTokenizer("ab"))
+    'ab \\r éaa'
+    """
+    ids = iter(written.tolist())
+    return MASK_PATTERN.sub(lambda match: tokenizer.decode(list(islice(ids, int(match[1] or 1)))), template)
 
 
 def prompt_template(prompt: str, max_out_tokens: int, tokenizer: SimpleTokenizer) -> Tensor:
@@ -53,19 +64,47 @@ def encode(text: str, tokenizer: SimpleTokenizer) -> Tensor:
     return torch.from_numpy(tokenizer.encode(text).astype("int64"))
 
 
+def encode_known(text: str, tokenizer: SimpleTokenizer) -> Tensor:
+    """As `encode`, but every unknown character becomes the id vocab_size, where `mask_predictor` shows a [MASK].
+
+    >>> encode_known("aéb", SimpleTokenizer("ab"))
+    tensor([4, 6, 5])
+    """
+    unknown = "".join(char for char in sorted(set(text)) if not knows(tokenizer, char))
+    if not unknown:
+        return encode(text, tokenizer)
+    pieces = re.split(f"([{re.escape(unknown)}]+)", text)  # known and unknown in turn
+    ids = [
+        torch.full((len(piece),), tokenizer.vocab_size) if i % 2 else encode(piece, tokenizer)
+        for i, piece in enumerate(pieces)
+    ]
+    return torch.cat(ids)
+
+
+def knows(tokenizer: SimpleTokenizer, char: str) -> bool:
+    """Whether the tokenizer can encode a character."""
+    try:
+        tokenizer.encode(char)
+    except ValueError:
+        return False
+    return True
+
+
 # ------------------------------------------------------------------------------------------------- model, settings
 def mask_predictor(model: LLaDAModel) -> Callable[[Tensor], Tensor]:
     """predict(tokens) for `reverse_process`: tokens (B, T) on any device -> logits (B, T, V) on the CPU.
 
-    The [PAD]s that a row begins with are hidden from the network. [END] has logit -inf: a template asks for an exact
-    number of characters. Tokens are drawn on the CPU in float64, which some devices do not have. Raises ValueError for
-    a causal model.
+    The [PAD]s that a row begins with are hidden from the network. The id V stands for a character that the model does
+    not know: the network reads [MASK] there, while the sampler sees a given token, which it never replaces. [END] has
+    logit -inf: a template asks for an exact number of characters. Tokens are drawn on the CPU in float64, which some
+    devices do not have. Raises ValueError for a causal model.
     """
     if model.causal:
         raise ValueError(f"filling masks needs a LLaDA model, and this is a {model.name} model")
 
     def predict(tokens: Tensor) -> Tensor:
         pad = torch.tensor(left_padding(tokens, PAD_ID), device=model.device)  # (B,)
+        tokens = tokens.masked_fill(tokens == model.config.vocab_size, MASK_ID)
         logits = model(tokens.to(model.device), pad=pad if pad.any() else None).cpu()
         logits[..., END_ID] = -torch.inf
         return logits

@@ -1,51 +1,196 @@
-"""Show a text filling in, on standard error: a live view on a terminal, one line a step elsewhere."""
+"""Show a text being written, on standard error: in place on a terminal, one line a step elsewhere.
 
-import sys
+The view follows either model at a pace an eye can follow. Its seconds are those of the model alone, without the time
+that drawing and pausing take. race.py shows two texts side by side.
+"""
+
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain
 
+from torch import Tensor
+
+from generation.history import History, Status, record_decoding, record_filling
 from generation.infilling import GenerationState
-from tokenizer import MASK_ID, PAD_ID, SimpleTokenizer
-from utils.console import say
+from generation.screen import (
+    MASK,
+    OTHER_MASK,
+    REMASKED,
+    SHADES,
+    STYLES,
+    Screen,
+    Scroller,
+    glyph,
+    glyphs,
+    in_lines,
+    is_screen,
+    styled_text,
+)
+from model import GPT
+from tokenizer import MASK_ID, PAD_ID, START_ID, Tokenizer
+from utils.console import counted, printable, say
 
-MASK_SYMBOL = "·"  # shown for a masked character
-COLORS = ("red", "yellow", "green")  # of a character just revealed: its confidence in thirds
+PAUSE = 0.12  # seconds that a step stands at least
+PAUSES = 50  # the most that all steps of a text together are delayed by, in pauses
 
 
-def watch(
-    states: Iterator[GenerationState], tokenizer: SimpleTokenizer, pause: float = 0.0
-) -> Iterator[GenerationState]:
-    """Pass the states on and show the current window of the first text that is not finished.
+class View:
+    """A view of one text while it is written. A context manager; on a terminal its finished text stays.
 
-    What the latest step revealed is coloured by confidence. pause: seconds to show each step for on a terminal.
+    pause: seconds that a step stands at least. All steps together are delayed by PAUSES pauses at most, evenly.
+    steps: how many steps there will be (GPT: the characters to write). None: from the masks, where there are any.
+    hidden: how many positions of the beginning are not shown.
+
+    `history` is what was shown. Whether to print the finished text: see `text_stands`.
     """
-    if not sys.stderr.isatty():
-        for state in states:
-            line = "".join(text for text, _ in styled_characters(state, tokenizer))
-            say(f"{state.nfe:4} {line}".replace("\n", "⏎"))
-            yield state
-        return
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
 
-    with Live(console=Console(stderr=True), transient=True, auto_refresh=False) as live:
-        for state in states:
-            count = (f"\n\nnetwork evaluations: {state.nfe}", "dim")
-            live.update(Text.assemble(*styled_characters(state, tokenizer), count), refresh=True)
-            time.sleep(pause)
-            yield state
+    def __init__(self, pause: float = PAUSE, steps: int | None = None, hidden: int = 0):
+        self.pause, self.steps, self.hidden = pause, steps, hidden
+        self.history: History | None = None
+        self.delay_left = PAUSES * pause
+        self.due = 0.0
+        self.scroller = Scroller(hidden)
+        self.exits = ExitStack()
+
+    def __enter__(self):
+        self.screen = self.exits.enter_context(Screen()) if is_screen() else None
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.exits.__exit__(*error)
+
+    def filling(
+        self, states: Iterable[GenerationState], template: Tensor, tokenizer: Tokenizer
+    ) -> Iterator[GenerationState]:
+        """Pass on the states of `fill_masks` and show the first text. template: (T,) its ids at the start.
+
+        Raises ValueError if the texts differ in length.
+        """
+        latest: list[GenerationState] = []
+        window = None
+        for history in record_filling(tapped(states, latest), template, tokenizer):
+            if latest:
+                window = current_window(latest[0], history) or window
+            self.show(history, window)
+            yield from latest
+        self.finish(tokenizer.decode(latest[0].texts[0][self.hidden :]))
+
+    def decoding(self, columns: Iterable[Tensor], model: GPT, prompt: Tensor, tokenizer: Tokenizer) -> Iterator[Tensor]:
+        """Pass on the columns of `autoregressive.decode` and show the first text. prompt: (T,) its ids."""
+        latest: list[Tensor] = []
+        ids = [i for i in prompt.tolist() if i != START_ID]
+        columns = tapped(columns, latest)
+        for history in record_decoding(columns, model, prompt, tokenizer):
+            self.show(history)
+            ids += [int(column[0]) for column in latest]
+            yield from latest
+        self.finish(tokenizer.decode(ids[self.hidden :]))
+        if latest and int(latest[0][0]) == PAD_ID:  # other texts are longer
+            yield from latest
+            yield from columns
+
+    def show(self, history: History, window: range | None = None) -> None:
+        """Show the latest state. window: the positions that the network sees, if these are not all."""
+        self.history = history
+        if self.screen is None:
+            if history.step:
+                say(plain_line(history, self.hidden))
+            return
+        self.wait()
+        if self.screen.is_due():
+            self.screen.draw(lambda width, height: self.lines(width, height, window))
+        self.due = time.monotonic() + min(self.pause, self.delay_left / max(1, self.steps_left()))
+
+    def wait(self) -> None:
+        """Sleep until the previous step has stood long enough."""
+        delay = min(self.due - time.monotonic(), self.delay_left)
+        if delay > 0:
+            self.delay_left -= delay
+            time.sleep(delay)
+
+    def steps_left(self) -> float:
+        """About how many steps will follow."""
+        if self.steps is not None:
+            return self.steps - self.history.step
+        masked = sum(cell.token is None for cell in self.history.cells)
+        written = self.history.start.count(None) - masked
+        return masked * self.history.step / written if written > 0 else 1
+
+    def lines(self, width: int, height: int, window: range | None) -> list:
+        """The text, a status line and, where there is room, the legend."""
+        from rich.text import Text
+
+        history, scroller = self.history, self.scroller
+        status = [
+            f"step {history.step}",
+            counted(history.nfe, "network evaluation"),
+            f"{history.seconds:.2f} s",
+            f"window {window.start + 1}-{window.stop} of {len(history.cells)}" if window else "",
+            scroller.part,
+        ]
+        below = [Text(line, "dim") for line in in_lines(status, width)] + legend(width)
+        below = below[: max(1, height // 3)]  # a low screen is for the text
+        return [*scroller.lines(history, width, height - 1 - len(below), window), Text(), *below]
+
+    def finish(self, text: str) -> None:
+        """Leave the finished text, which is `text`, on the screen."""
+        if self.screen is None:
+            return
+        from rich.text import Text
+
+        self.wait()
+        styled = styled_text(glyphs(self.history, self.hidden, settled=True))
+        if styled.plain != printable(text):  # a character in several tokens: the cells cannot show it
+            styled = Text(printable(text))
+        self.screen.leave(styled)
 
 
-def styled_characters(state: GenerationState, tokenizer: SimpleTokenizer) -> list[tuple[str, str]]:
-    """The characters of the first window, each with its rich style."""
-    step = state.step
-    cells = zip(step.tokens[0].tolist(), step.revealed[0].tolist(), step.confidence[0].tolist(), strict=True)
-    characters = []
-    for token, revealed, confidence in cells:
-        if token == MASK_ID:
-            characters.append((MASK_SYMBOL, "dim"))
-        elif token != PAD_ID:
-            color = COLORS[min(2, int(3 * confidence))] if revealed else ""
-            characters.append((tokenizer.id_to_char[token], color))
-    return characters
+def legend(width: int) -> list:
+    """What the styles mean, as a list of one rich Text, or of none if it does not fit."""
+    words = [
+        ("given", STYLES[Status.GIVEN]),
+        (f"{MASK} masked", STYLES[Status.MASKED]),
+        ("just written", STYLES[Status.WRITTEN]),
+        (f"{REMASKED} masked again", STYLES[Status.REMASKED]),
+    ]
+    line = [part for word in words for part in (word, ("  ", ""))]
+    line += [("confidence ", "dim"), *(("■", shade) for shade in SHADES)]
+    return [styled_text(line)] if sum(len(part) for part, _ in line) <= width else []
+
+
+def tapped(items: Iterable, latest: list) -> Iterator:
+    """Pass the items on; `latest` holds the one that was passed on last."""
+    for item in items:
+        latest[:] = [item]
+        yield item
+
+
+def current_window(state: GenerationState, history: History) -> range | None:
+    """The window in which the latest step wrote: None if it is the whole text, or the step wrote nothing."""
+    revealed = state.step.revealed[0]
+    written = [position for position, cell in history.frames[-1].changes.items() if cell.token is not None]
+    if len(revealed) >= len(history.cells) or not written:
+        return None
+    start = min(written) - int(revealed.nonzero()[0])  # both are the first character that was written
+    return range(start, start + len(revealed))
+
+
+def plain_line(history: History, hidden: int = 0, length: int = 400) -> str:
+    """The network evaluations and the text on one line; of a long text, `length` characters around the last change."""
+    now = history.step + 1  # nothing is marked
+    end = max(history.frames[-1].changes, default=0) + 1
+    start = max(hidden, end - length)
+    parts = [OTHER_MASK if cell.token is None else glyph(cell, now)[0] for cell in history.cells[start:][:length]]
+    dots = "…" if start > hidden else "", "…" if len(history.cells) - start > length else ""
+    return f"{history.nfe:4} {dots[0]}{''.join(parts)}{dots[1]}".replace("\n", "⏎")
+
+
+def watch(states: Iterator[GenerationState], tokenizer: Tokenizer, pause: float = PAUSE) -> Iterator[GenerationState]:
+    """`View.filling` for states whose template is not at hand: what the first step did not write was given."""
+    first = next(states)
+    template = first.texts[0].clone()
+    revealed = first.step.revealed[0]
+    template[: len(revealed)][revealed] = MASK_ID
+    with View(pause) as view:
+        yield from view.filling(chain([first], states), template, tokenizer)

@@ -1,52 +1,79 @@
-"""What `python generate.py` does in each of its modes, given its parsed flags."""
+"""What `python generate.py` does in each of its modes, given its parsed flags; see flags.py for what these set."""
 
+import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from autoregressive import BeamConfig, DecodingConfig, beam_search
+from autoregressive import beam_search
 from checkpoint import load_checkpoint, newest_checkpoint
 from generation.chat import chat
-from generation.infilling import MASK_PATTERN, fill_masks, first_mask, parse_template, prompt_template, text_sampling
+from generation.flags import (
+    DEFAULTS,
+    TEMPLATES,
+    checkpoint_file,
+    decode_utf8,
+    make_beam_config,
+    make_config,
+    mode_of,
+    opening,
+    read_prompt,
+    refuse_masks,
+    refuse_unused,
+)
+from generation.infilling import (
+    MASK_PATTERN,
+    GenerationState,
+    fill_masks,
+    fill_template,
+    first_mask,
+    parse_template,
+    prompt_template,
+)
 from generation.live import watch
-from generation.text import MAX_OUT_TOKENS, Config, GeneratorTransformer, prompt_ids, stream_texts
-from model import Transformer
-from sampler import SamplingConfig
-from tokenizer import MASK_ID
-from utils.console import say
+from generation.text import Config, GeneratorTransformer, prompt_ids, stream_texts
+from tokenizer import MASK_ID, SPECIAL_TOKENS
+from utils.console import counted, progress, say, write
 from utils.devices import pick_device
 from utils.errors import ArgumentError
+from utils.standard_input import read_input
 
-MODES = {"chat": "--chat", "top": "--top", "num_beams": "--beams"}  # besides writing text
-DEFAULTS = {"prompt": "", "max_out_tokens": MAX_OUT_TOKENS, "num_samples": 1, "seed": 0}
-EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
+NO_MASKS = "has nothing to write: mark one character as [MASK], n characters as [MASK*n]"
 
 
 def write_as_asked(args: Namespace) -> None:
     """Load the model, check the flags and run the mode they ask for. A flag that was not given is None."""
-    mode = next((name for name in MODES if getattr(args, name) is not None), "text")
+    mode = mode_of(args)
     writer = load(args)
     refuse_unused(args, mode, writer.model)
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if mode != "chat" and not is_template(args):
+        args.prompt = read_prompt(args)
+        if mode != "top" or writer.model.causal:
+            refuse_masks(args.prompt)
     if args.compile:
         say("compiling; later runs reuse the result")
         writer.model.compile()
-    write_text = print_decoded if writer.model.causal else print_filled
+    write_text = print_decoded if writer.model.causal else print_file if args.infill_file is not None else print_filled
     modes = {"chat": answer_prompts, "top": print_next_tokens, "num_beams": print_beams, "text": write_text}
     modes[mode](writer, args)
 
 
+def is_template(args: Namespace) -> bool:
+    """Whether a template is given, instead of a prompt."""
+    return any(getattr(args, name) is not None for name in TEMPLATES)
+
+
 def load(args: Namespace) -> GeneratorTransformer:
     """The model that the flags ask for. Raises ValueError if there is none."""
-    name = "llada" if args.model is None and args.infill is not None else args.model
-    path = args.checkpoint or newest_checkpoint("out", name)
+    name = "llada" if args.model is None and is_template(args) else args.model
+    path = checkpoint_file(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out or "out", name)
     checkpoint = load_checkpoint(path, pick_device(args.device, float64=True))
     kind = checkpoint.model.name
     say(f"{path}: {kind}, step {checkpoint.step}")
@@ -55,70 +82,22 @@ def load(args: Namespace) -> GeneratorTransformer:
     return GeneratorTransformer(checkpoint.model, checkpoint.tokenizer)
 
 
-# ------------------------------------------------------------------------------------------------- flags, settings
-def used_flags(mode: str, model: Transformer) -> set[str]:
-    """The flags that have an effect in this mode with this model, by their destinations."""
-    used = {"checkpoint", "model", "device", "prompt", mode}
-    if mode == "top":
-        return used | {"context_len" if model.causal else "infill"}
-    used |= {"max_out_tokens"} | ({"compile"} if model.causal else set())
-    if mode == "num_beams":
-        return used | {"num_samples", *names(BeamConfig)} if model.causal else set()
-    used |= {"seed", "stop", *names(DecodingConfig)} if model.causal else {"seed", *names(SamplingConfig)}
-    if mode == "chat":
-        return used - {"prompt"}
-    return used | {"num_samples"} | (set() if model.causal else {"infill", "watch"})
-
-
-def names(config_class: type) -> list[str]:
-    """The fields of a class of settings."""
-    return [field.name for field in fields(config_class)]
-
-
-def refuse_unused(args: Namespace, mode: str, model: Transformer) -> None:
-    """Raise ArgumentError if a flag was given that has no effect."""
-    used, used_by_model = used_flags(mode, model), set().union(*(used_flags(m, model) for m in ("text", *MODES)))
-    flags = [name for name, value in vars(args).items() if value is not None]
-    for name in flags:
-        if name not in used_by_model:
-            raise ArgumentError(name, f"has no effect on a {model.name} model; choose another with --model")
-    for name in flags:
-        if name not in used:
-            raise ArgumentError(name, f"has no effect with {MODES[mode]}" if mode in MODES else "needs --beams")
-        if name in ("prompt", "max_out_tokens") and args.infill is not None:
-            raise ArgumentError(name, "has no effect with --infill: its template is the whole text")
-    if args.eta is not None and args.remask not in ("cap", "rescale", "loop"):
-        raise ArgumentError("eta", "needs --remask cap, rescale or loop")
-
-
-def given(args: Namespace, config_class: type) -> dict:
-    """The flags that were given among the fields of a class of settings."""
-    values = {name: getattr(args, name, None) for name in names(config_class)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def make_config(args: Namespace, model: Transformer) -> Config:
-    """The settings with which this model writes. Raises ArgumentError for settings that do not go together."""
-    if model.causal:
-        return DecodingConfig(**given(args, DecodingConfig))
-    return text_sampling(**given(args, SamplingConfig))
-
-
 # ------------------------------------------------------------------------------------------------- writing text
 def print_decoded(writer: GeneratorTransformer, args: Namespace) -> None:
-    """GPT: one text as it is written, or several, separated by empty lines."""
+    """GPT: one text as it is written, or several at the end."""
     start = time.perf_counter()
-    pieces = stream(writer, [args.prompt] * args.num_samples, make_config(args, writer.model), args, args.seed)
+    prompt = opening(args.prompt, writer.model, writer.tokenizer)
+    pieces = stream(writer, [prompt] * args.num_samples, make_config(args, writer.model), args, args.seed)
     if args.num_samples == 1:
-        print(args.prompt, end="", flush=True)
+        write(args.prompt)
         characters = 0
         for [piece] in pieces:
-            print(piece, end="", flush=sys.stdout.isatty())
+            write(piece)
             characters += len(piece)
-        print()
+        write("\n")
     else:
         texts = ["".join(text) for text in zip(*pieces, strict=True)]
-        print("\n\n".join(args.prompt + text for text in texts))
+        write_texts([args.prompt + text for text in texts])
         characters = sum(map(len, texts))
     say_speed(characters, start)
 
@@ -132,37 +111,87 @@ def stream(
 
 
 def print_filled(writer: GeneratorTransformer, args: Namespace) -> None:
-    """LLaDA: one text as it becomes complete from the left, or several, separated by empty lines."""
-    template, config = make_template(args, writer), make_config(args, writer.model)
-    generator = torch.Generator().manual_seed(args.seed)
-    start, shown = time.perf_counter(), 0
-    states = fill_masks(writer.model, [template] * args.num_samples, config, generator=generator)
+    """LLaDA: one text as it becomes complete from the left, or several at the end."""
+    template, hidden = make_template(args, writer)
+    start, shown, config = time.perf_counter(), hidden, make_config(args, writer.model)
     streaming = args.num_samples == 1 and not args.watch and config.remask is None
-    for state in watch(states, writer.tokenizer) if args.watch else states:
+    for state in viewed(fill(writer, args, [template] * args.num_samples), writer, args):
         if streaming:
             end = first_mask(state.texts[0], shown)
-            print(writer.tokenizer.decode(state.texts[0][shown:end]), end="", flush=True)
+            write(writer.tokenizer.decode(state.texts[0][shown:end]))
             shown = end
-    texts = [writer.tokenizer.decode(text) for text in state.texts]
-    print("\n\n".join([texts[0][shown:], *texts[1:]]))
-    evaluations = f", {state.nfe} network evaluation{'' if state.nfe == 1 else 's'}"
-    say_speed(args.num_samples * int((template == MASK_ID).sum()), start, evaluations)
+    texts = [text[hidden:] for text in state.texts]
+    if streaming:
+        texts[0] = state.texts[0][shown:]
+    write_texts([writer.tokenizer.decode(text) for text in texts])
+    say_speed(args.num_samples * int((template == MASK_ID).sum()), start, state.nfe)
 
 
-def make_template(args: Namespace, writer: GeneratorTransformer) -> Tensor:
-    """(T,) ids of --infill, or of --prompt followed by --length masks. Raises ArgumentError if nothing is masked."""
+def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor, int]:
+    """(T,) ids of --infill, or of --prompt followed by --length masks, and how many of them are not to be printed.
+
+    Raises ArgumentError if nothing is masked.
+    """
     if args.infill is None:
-        return prompt_template(args.prompt, args.max_out_tokens, writer.tokenizer)
+        prompt = opening(args.prompt, writer.model, writer.tokenizer)
+        template = prompt_template(prompt, args.max_out_tokens, writer.tokenizer)
+        return template, 0 if prompt == args.prompt else len(template) - args.max_out_tokens
     template = parse_template(args.infill, writer.tokenizer)
     if not (template == MASK_ID).any():
-        raise ArgumentError("infill", "has nothing to write: mark one character as [MASK], n characters as [MASK*n]")
-    return template
+        raise ArgumentError("infill", NO_MASKS)
+    return template, 0
 
 
-def say_speed(characters: int, start: float, evaluations: str = "") -> None:
+def fill(writer: GeneratorTransformer, args: Namespace, templates: list[Tensor]) -> Iterator[GenerationState]:
+    """The states of `fill_masks` with the settings and the seed of the flags."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return fill_masks(writer.model, templates, make_config(args, writer.model), generator=generator)
+
+
+def viewed(
+    states: Iterator[GenerationState], writer: GeneratorTransformer, args: Namespace
+) -> Iterator[GenerationState]:
+    """The states, shown as they come in the view that a flag of VIEWS asks for, if any."""
+    return watch(states, writer.tokenizer) if args.watch else states
+
+
+def print_file(writer: GeneratorTransformer, args: Namespace) -> None:
+    """LLaDA, --infill-file: the bytes of the file with its masks filled. All other bytes stay as they are."""
+    source = "standard input" if str(args.infill_file) == "-" else str(args.infill_file)
+    content = read_input() if str(args.infill_file) == "-" else args.infill_file.read_bytes()
+    text = decode_utf8(content, "infill_file", source)
+    template = parse_template(text, writer.tokenizer, keep_unknown=True)
+    masked, start = template == MASK_ID, time.perf_counter()
+    total, unknown = int(masked.sum()), int((template == writer.tokenizer.vocab_size).sum())
+    if not total:
+        raise ArgumentError("infill_file", f"{source} {NO_MASKS}")
+    states = fill(writer, args, [template])
+    if unknown:
+        say(f"{counted(unknown, 'character')} unknown to the model: left as they are, it reads [MASK] there")
+    with progress(total, "fill", unit="characters") as update:
+        for state in states:
+            update(total - int((state.texts[0] == MASK_ID).sum()))
+    filled = fill_template(text, state.texts[0][masked], writer.tokenizer)
+    if sys.stdout.isatty():
+        write(filled)
+    else:
+        sys.stdout.buffer.write(filled.encode())
+    say_speed(total, start, state.nfe)
+
+
+def write_texts(texts: Sequence[str], name: str = "sample") -> None:
+    """Print texts on standard output, several with a line before each that cannot be taken for text of the model."""
+    for number, text in enumerate(texts, 1):
+        if len(texts) > 1:
+            write(f"--- {name} {number} of {len(texts)} ---\n")
+        write(text, end="\n")
+
+
+def say_speed(characters: int, start: float, nfe: int | None = None) -> None:
     """What was written since `start` and how fast, on standard error."""
     seconds = time.perf_counter() - start
-    say(f"{characters} characters in {seconds:.2f} s: {characters / seconds:.0f} characters/s{evaluations}")
+    evaluations = "" if nfe is None else f", {counted(nfe, 'network evaluation')}"
+    say(f"{counted(characters, 'character')} in {seconds:.2f} s: {characters / seconds:.0f} characters/s{evaluations}")
 
 
 # ------------------------------------------------------------------------------------------------- other modes
@@ -171,6 +200,7 @@ def answer_prompts(writer: GeneratorTransformer, args: Namespace) -> None:
     config = make_config(args, writer.model)
 
     def answer(prompt: str, turn: int) -> Iterator[str]:
+        refuse_masks(prompt)
         return (piece for [piece] in stream(writer, [prompt], config, args, args.seed + turn))
 
     answer("", 0)  # raises now for settings that no turn would accept
@@ -179,16 +209,13 @@ def answer_prompts(writer: GeneratorTransformer, args: Namespace) -> None:
 
 def print_beams(writer: GeneratorTransformer, args: Namespace) -> None:
     """The best texts of a beam search; their scores on standard error."""
-    if args.num_samples > args.num_beams:
-        raise ArgumentError("num_samples", f"must be at most {args.num_beams}, the number of --beams")
-    early_stopping = EARLY_STOPPING[args.early_stopping or "no"]
-    settings = given(args, BeamConfig) | {"num_return": args.num_samples, "early_stopping": early_stopping}
-    prompt = prompt_ids(writer.tokenizer, args.prompt)
-    found = beam_search(writer.model, prompt, BeamConfig(**settings), max_out_tokens=args.max_out_tokens)
-    for rank, (ids, score) in enumerate(found):
-        say(f"score {score:.4f}")
-        text = writer.tokenizer.decode(ids.cpu())
-        print(text if rank == 0 else f"\n{text}")
+    config = make_beam_config(args, writer.model)
+    prompt = opening(args.prompt, writer.model, writer.tokenizer)
+    ids = prompt_ids(writer.tokenizer, prompt)
+    found = beam_search(writer.model, ids, config, max_out_tokens=args.max_out_tokens)
+    for rank, (_, score) in enumerate(found, 1):
+        say(f"beam {rank}: score {score:.4f}")
+    write_texts([args.prompt + writer.tokenizer.decode(text[len(ids) :].cpu()) for text, _ in found], "beam")
 
 
 def print_next_tokens(writer: GeneratorTransformer, args: Namespace) -> None:
@@ -205,14 +232,31 @@ def print_next_tokens(writer: GeneratorTransformer, args: Namespace) -> None:
         ids = parse_template(template, writer.tokenizer)
         tables = {f"[MASK] at position {i}": table for i, table in writer.tokens_at_masks(template, args.top)}
     tokens = [f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in ids.tolist()]
-    for start in range(0, len(tokens), 10):
-        print("   ".join(tokens[start : start + 10]))
+    for line in packed(tokens, shutil.get_terminal_size().columns):
+        write(line, end="\n")
     for title, table in tables.items():
-        print(f"\n{title}" if title else "")
+        write(f"\n{title}\n" if title else "\n")
         for token, p in table:
-            print(f"{show(token):8}{100 * p:7.3f} %")
+            write(f"{show(token):8}{100 * p:7.3f} %\n")
 
 
 def show(token: str) -> str:
-    """A character in quotes, a special token as it is: "a" -> "'a'", "[END]" -> "[END]"."""
-    return repr(token) if len(token) == 1 else token
+    """Text in quotes, a special token as it is: "a" -> "'a'", "[END]" -> "[END]"."""
+    return token if token in SPECIAL_TOKENS else repr(token)
+
+
+def packed(cells: Sequence[str], width: int, gap: str = "   ") -> list[str]:
+    """Lines of cells with gaps between, as many in a line as fit its width.
+
+    >>> packed(["'a' 4", "'b' 5", "'c' 6"], width=13)
+    ["'a' 4   'b' 5", "'c' 6"]
+    """
+    from rich.cells import cell_len  # some characters are two columns wide
+
+    lines: list[str] = []
+    for cell in cells:
+        if lines and cell_len(lines[-1] + gap + cell) <= width:
+            lines[-1] += gap + cell
+        else:
+            lines.append(cell)
+    return lines

@@ -2,24 +2,30 @@
 
 import os
 import pty
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from conftest import ROOT
 
 import generate
-from autoregressive import DecodingConfig, exact_nll
+from autoregressive import BeamConfig, DecodingConfig, exact_nll
 from checkpoint import Checkpoint, save_checkpoint
 from generation import GeneratorTransformer, generate_text, generate_texts, infill, stream_texts
+from generation.flags import DEFAULTS, opening
+from generation.infilling import fill_masks, parse_template, text_sampling
 from model import MODELS, ModelConfig
 from sampler import REMASKERS
-from tokenizer import END_ID, START_ID, SimpleTokenizer
+from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
 from unmasking import ORDERS, SCHEDULES
 from utils.console import run_program
 from utils.errors import ArgumentError
@@ -84,8 +90,9 @@ def test_the_command_writes_text_that_begins_with_the_prompt(folder, command, na
     assert process.stdout.startswith("ROMEO:")
     assert len(process.stdout) == len("ROMEO:") + 40 + 1
     assert f"out/{name}/last.pt: {name}, step 7" in process.stderr
-    text = generate_text(tiny_model(name), TOKENIZER, "ROMEO:", max_out_tokens=40)
-    assert process.stdout.strip("\n") == text.strip("\n")
+    settings = {"slide": BLOCK_SIZE // 2} if name == "gpt" else {}
+    text = generate_text(tiny_model(name), TOKENIZER, "ROMEO:", max_out_tokens=40, **settings)
+    assert process.stdout == text + "\n"
 
 
 @pytest.mark.parametrize("name", ["gpt", "llada"])
@@ -107,12 +114,59 @@ def test_prompts_may_be_empty_or_longer_than_the_context(call, name, prompt):
     assert text.startswith(prompt)
 
 
-def test_samples_are_separated_by_an_empty_line(folder, call):
+def test_several_samples_have_a_line_before_each(folder, call):
     _, text, _ = call("--prompt", "ROMEO:", "--length", 9, "--num-samples", 3)
     writer = GeneratorTransformer.load_from_checkpoint(folder / "out/gpt/last.pt")
     samples = generate_texts(writer.model, TOKENIZER, ["ROMEO:"] * 3, max_out_tokens=9)
-    assert text == "\n\n".join(samples) + "\n"
+    assert text == separated(samples)
     assert len(set(samples)) == 3
+
+
+def separated(texts: list[str], name: str = "sample") -> str:
+    """What the command prints for several texts."""
+    return "".join(f"--- {name} {i} of {len(texts)} ---\n{text}\n" for i, text in enumerate(texts, 1))
+
+
+def test_gpt_slides_by_half_of_the_context_unless_told_otherwise(call):
+    def written(*flags) -> str:
+        return call("--prompt", "ROMEO:", "--length", 60, *flags)[1]
+
+    def expected(**settings) -> str:
+        return generate_text(tiny_model("gpt"), TOKENIZER, "ROMEO:", max_out_tokens=60, **settings) + "\n"
+
+    assert written() == expected(slide=BLOCK_SIZE // 2) != expected()
+    assert written("--slide", 1) == expected()
+    assert written("--context-len", 10) == expected(context_len=10, slide=5)
+    best = GeneratorTransformer(tiny_model("gpt"), TOKENIZER).beam_search("the ", 2, 40, slide=BLOCK_SIZE // 2)
+    assert call("--prompt", "the ", "--beams", 2, "--length", 40)[1] == best[0][0] + "\n"
+
+
+@pytest.mark.parametrize("name", ["gpt", "llada"])
+def test_a_text_without_a_prompt_begins_after_a_newline_that_is_not_printed(call, name):
+    settings = {"slide": BLOCK_SIZE // 2} if name == "gpt" else {}
+    expected = generate_texts(tiny_model(name), TOKENIZER, ["\n"] * 2, max_out_tokens=30, **settings)
+    flags = ["--model", name, "--length", 30]
+    assert call(*flags)[1] == expected[0][1:] + "\n"
+    assert call(*flags, "--num-samples", 2)[1] == separated([text[1:] for text in expected])
+
+
+def test_nothing_is_added_for_models_of_segments_or_without_newlines():
+    model = tiny_model("gpt")
+    assert opening("", model, TOKENIZER) == "\n"
+    assert opening("a", model, TOKENIZER) == "a"
+    assert opening("", model, SimpleTokenizer("abc")) == ""
+    model.config = replace(model.config, segments="speech")
+    assert opening("", model, TOKENIZER) == ""
+
+
+def test_models_are_found_in_folders(folder, call):
+    (folder / "elsewhere").mkdir()
+    (folder / "out/llada").rename(folder / "elsewhere/llada")
+    assert call("--checkpoint", "elsewhere/llada", "--length", 3)[2].startswith("elsewhere/llada/last.pt: llada")
+    (folder / "elsewhere/llada/best.pt").hardlink_to(folder / "elsewhere/llada/last.pt")
+    assert call("--checkpoint", "elsewhere/llada", "--length", 3)[2].startswith("elsewhere/llada/best.pt: llada")
+    assert call("--out", "elsewhere", "--length", 3)[2].startswith("elsewhere/llada/best.pt: llada")
+    assert "no checkpoint under elsewhere/" in call("--out", "elsewhere", "--model", "gpt")[2]
 
 
 def test_every_text_of_a_batch_is_the_one_written_alone():
@@ -149,7 +203,7 @@ def test_a_config_decides_about_the_temperature_unless_one_is_given():
 def test_beams_print_the_best_texts_with_their_scores(call):
     code, text, notes = call("--prompt", "the ", "--beams", 4, "--num-samples", 2, "--length", 12)
     best = GeneratorTransformer(tiny_model("gpt"), TOKENIZER).beam_search("the ", 4, 12, num_return=2)
-    assert text == f"{best[0][0]}\n\n{best[1][0]}\n"
+    assert text == separated([best[0][0], best[1][0]], "beam")
     ids = torch.from_numpy(TOKENIZER.encode(best[0][0]).astype("int64"))
     score = -exact_nll(tiny_model("gpt"), ids[None], START_ID)[0, 4:].mean().item()
     assert code == 0
@@ -165,6 +219,17 @@ def test_the_table_shows_ids_and_true_probabilities(call):
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     expected = [f"{TOKENIZER.id_to_char[i]!r} {100 * p:.3f} %" for i, p in rows]
     assert [" ".join(line.split()) for line in lines[2:]] == expected
+
+
+@pytest.mark.parametrize("width", [24, 80])
+def test_the_tokens_of_a_prompt_fit_the_terminal(call, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    prompt = "the ROMEO:\n and so on, to the end".replace(",", "")
+    lines = call("--prompt", prompt, "--top", 1)[1].split("\n\n")[0].splitlines()
+    cells = [cell for line in lines for cell in line.split("   ") if cell]
+    assert cells == ["[START] 2", *(f"{char!r} {TOKENIZER.char_to_id[char]}" for char in prompt)]
+    assert max(map(len, lines)) <= width
+    assert all(len(line) + 3 + len(after.split("   ")[0]) > width for line, after in pairwise(lines))
 
 
 def test_the_mask_predictor_has_a_table_for_every_mask(call):
@@ -203,7 +268,7 @@ def test_infilling_chooses_the_newest_llada_model_and_is_the_same_from_python(ca
     template = "ROMEO:[MASK*4]love[MASK*35]"
     _, text, _ = call("--infill", template, "--seed", 5, "--steps", 4, "--num-samples", 2)
     together = infill(tiny_model("llada"), TOKENIZER, [template] * 2, seed=5, steps=4)
-    assert text == "\n\n".join(together) + "\n"
+    assert text == separated(together)
 
 
 @pytest.mark.parametrize(("length", "cost"), [(1, "1 network evaluation"), (24, "16 network evaluations")])
@@ -224,6 +289,93 @@ def test_watching_shows_every_step_and_changes_nothing(call):
     assert watched == text
     assert [step.count("·") for step in steps] == [12, 8, 4, 0]
     assert steps[-1].replace("⏎", "\n") == text.strip("\n")
+
+
+# ------------------------------------------------------------------------------------------------- files, pipes
+HOLES = b"\xef\xbb\xbfROMEO:\r\n\xc3\xa9 a [MASK*9] love\x00 [MASK]\r\n\tand \xe2\x82\xac so on [MASK*20]"
+
+
+def matches(filled: bytes) -> bool:
+    """Whether HOLES were filled and nothing else was changed."""
+    parts = re.split(rb"\[MASK(?:\*(\d+))?\]", HOLES)
+    for i, part in enumerate(parts):
+        if i % 2:  # what was written is ASCII here
+            filled = filled[int(part or 1) :]
+        else:
+            assert filled.startswith(part)
+            filled = filled[len(part) :]
+    return filled == b""
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """pipe(b"text") makes a pipe with this content standard input; pipe(None) one that never ends."""
+    with ExitStack() as opened:
+
+        def open_pipe(content: bytes | None) -> None:
+            reading, writing = os.pipe()
+            end = opened.enter_context(open(writing, "wb"))
+            monkeypatch.setattr(sys, "stdin", opened.enter_context(open(reading, encoding="utf-8")))
+            if content is not None:
+                end.write(content)
+                end.close()
+
+        yield open_pipe
+
+
+@pytest.mark.parametrize("flags", [[], ["--order", "left", "--steps", 5], ["--remask", "cap", "--steps", 9]], ids=str)
+def test_a_file_is_filled_and_every_other_byte_stays(folder, call, pipe, flags):
+    (folder / "holes.txt").write_bytes(HOLES)
+    flags = [*flags, "--repetition-penalty", 1.2, "--infill-file"]
+    code, filled, notes = call(*flags, "holes.txt")
+    assert code == 0
+    assert matches(filled.encode())
+    assert notes.splitlines()[1] == "7 characters unknown to the model: left as they are, it reads [MASK] there"
+    assert len(notes.splitlines()) == 3
+    pipe(HOLES)
+    assert call(*flags, "-")[1] == filled
+
+
+def test_the_network_reads_masks_where_it_does_not_know_the_character():
+    model, seen = tiny_model("llada"), []
+    template = parse_template("ab\x00c[MASK*3]\u20acd", TOKENIZER, keep_unknown=True)
+    assert (template == TOKENIZER.vocab_size).nonzero()[:, 0].tolist() == [2, 7]
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0].tolist()))
+    [*_, state] = fill_masks(model, [template], text_sampling(order="left", temperature=0.0))
+    known = [i if i < TOKENIZER.vocab_size else MASK_ID for i in template.tolist()]
+    assert [[tokens[i] for i in (0, 1, 2, 3, 7, 8)] for tokens in seen] == [[*known[:4], *known[7:]]] * 3
+    assert (state.texts[0] == template).tolist() == [True] * 4 + [False] * 3 + [True] * 2
+    best = model(torch.tensor([known]))[0, 4]  # the first of the three, by hand
+    best[END_ID] = -torch.inf
+    assert state.texts[0][4] == best.argmax()
+
+
+def test_piped_input_is_the_prompt_if_asked_for_and_else_refused(call, pipe):
+    pipe(b"ROMEO:\r\nthe\n")
+    text = call("--prompt", "-", "--length", 8)[1]
+    assert text.startswith("ROMEO:\nthe")
+    assert len(text) == len("ROMEO:\nthe") + 8 + 1
+    pipe(b"\xff")
+    assert "--prompt standard input is not UTF-8 text (byte 0)" in call("--prompt", "-")[2]
+    pipe(b"ROMEO:\n")
+    code, text, notes = call("--length", 8)
+    assert (code, text) == (2, "")
+    assert "--prompt is not given, but standard input holds text: --prompt - reads it" in notes
+    assert len(call("--length", 8, "--prompt", "")[1]) == 9
+
+
+@pytest.mark.parametrize("content", [b"", None])
+def test_an_empty_pipe_is_no_prompt_and_an_endless_one_is_not_waited_for(call, pipe, content):
+    pipe(content)
+    assert len(call("--length", 8)[1]) == 9
+
+
+def test_a_prompt_in_another_encoding_is_one_line(folder):
+    words = [sys.executable, ROOT / "generate.py", "--prompt", b"caf\xe9"]
+    process = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1
+    assert "--prompt: byte 0xE9 at position 3 is not valid utf-8" in process.stderr
 
 
 # ------------------------------------------------------------------------------------------------- the library
@@ -287,6 +439,16 @@ def test_the_choices_are_those_of_the_registries():
     assert generate.REMASKERS == tuple(REMASKERS)
 
 
+def test_the_defaults_in_the_help_are_those_of_the_settings():
+    shown = {action.dest: action.help for action in generate.make_parser()._actions}
+    defaults = {name: value for name, value in vars(BeamConfig()).items() if name == "length_penalty"}
+    for name in ("temperature", "repetition_penalty", "eta", "cfg_scale"):
+        defaults[name] = getattr(text_sampling(), name)
+    for name, value in (defaults | DEFAULTS).items():
+        assert f"(default: {value:g})" in shown[name]
+    assert f"(default: {text_sampling().schedule})" in shown["schedule"]
+
+
 def test_help_needs_no_torch(folder, command):
     shown = command("generate.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert "--infill TEMPLATE" in shown.stdout
@@ -328,7 +490,7 @@ def test_help_needs_no_torch(folder, command):
         (["--model", "llada", "--eta", 0.1], "--eta needs --remask"),
         (["--model", "llada", "--schedule", "8,8", "--length", 20], "--schedule reveals 16 positions, but 20"),
         # the first window fits (24 masks), the second does not (12)
-        (["--model", "llada", "--schedule", "8,8,8", "--length", 36], "--schedule reveals 24 positions, but 12 are"),
+        (["--infill", "[MASK*36]", "--schedule", "8,8,8"], "--schedule reveals 24 positions, but 12 are"),
         (["--model", "llada", "--steps", 2, "--block-length", 6, "--length", 24], "--steps must be at least 4"),
         (["--model", "llada", "--order", "sweep", "--schedule", "cosine"], "--schedule does not go with the sweep"),
         (["--model", "llada", "--order", "sweep", "--remask", "cap"], "--remask does not go with the sweep"),
@@ -337,9 +499,28 @@ def test_help_needs_no_torch(folder, command):
         (["--model", "llada", "--chat", "--watch"], "--watch has no effect with --chat"),
         (["--top", 3, "--length", 4], "--length has no effect with --top"),
         (["--chat", "--prompt", "a"], "--prompt has no effect with --chat"),
+        (["--prompt", "a [MASK*5]"], "--prompt is read literally, [MASK*5] too: give the whole text to --infill"),
+        (["--checkpoint", "out"], "--checkpoint out: no best.pt or last.pt in this folder"),
+        (["--checkpoint", "out/gpt", "--out", "out"], "--out has no effect with --checkpoint"),
+        (["--infill", "[MASK]", "--infill-file", "-"], "not allowed with argument --infill"),
+        (["--infill-file", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["--infill-file", "out/llada/last.pt"], "--infill-file out/llada/last.pt is not UTF-8 text (byte "),
+        (["--infill-file", "plain.txt"], "--infill-file plain.txt has nothing to write: mark"),
+        (["--infill-file", "plain.txt", "--num-samples", 2], "--num-samples has no effect with --infill-file"),
+        (["--infill-file", "plain.txt", "--prompt", "a"], "--prompt has no effect with --infill-file"),
+        (["--infill-file", "plain.txt", "--model", "gpt"], "--infill-file has no effect on a gpt model"),
+        (["--infill-file", "plain.txt", "--top", 3], "--infill-file has no effect with --top"),
+        (["--gen-length", 5], "unrecognized arguments: --gen-length 5; did you mean --length?"),
+        (["--max_new_tokens", 5], "did you mean --length?"),
+        (["--num_steps", 5], "did you mean --steps?"),
+        (["--ckpt", "a.pt"], "did you mean --checkpoint?"),
+        (["--tempature", 5], "did you mean --temperature?"),
+        (["--model", "GTP"], "'GTP' is not one of llada, gpt; did you mean gpt?"),
+        (["--order", "conf"], "did you mean confidence?"),
     ],
 )
-def test_bad_input_is_one_clear_line(call, arguments, message):
+def test_bad_input_is_one_clear_line(folder, call, arguments, message):
+    (folder / "plain.txt").write_text("no mask here")
     code, text, notes = call(*arguments)
     assert (code, text) == (2, "")
     assert message in notes.splitlines()[-1]
@@ -402,12 +583,40 @@ def test_chat_at_a_terminal_has_history_and_ends_quietly_with_ctrl_d(folder):
     assert (code, rest.strip()) == (0, "")
 
 
-def test_ctrl_c_ends_the_chat_quietly_even_in_an_answer(folder):
+def test_ctrl_c_ends_the_answer_and_at_the_prompt_the_chat(folder):
     terminal = Terminal(folder, "--length", "1000000")
     terminal.read_until(lambda shown: "> " in shown)
-    terminal.type("ROMEO:\n")
-    terminal.read_until(lambda shown: len(shown) > 40)
+    for _ in range(2):
+        terminal.type("ROMEO:\n")
+        terminal.read_until(lambda shown: len(shown) > 40)
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        terminal.read_until(lambda shown: shown.endswith("> "))
     os.killpg(terminal.process.pid, signal.SIGINT)
+    terminal.type("\n")  # readline sees a signal that comes before it waits for a key with the next key only
     code, rest = terminal.close()
-    assert code == 0
-    assert "Traceback" not in rest
+    assert (code, rest.strip()) == (0, "")
+
+
+def test_exit_leaves_the_chat_and_what_is_no_prompt_is_one_line(call, pipe):
+    pipe(b"a [MASK*3]\ncaf\xe9\nthe\nexit\nnot read\n")
+    _, text, notes = call("--chat", "--length", 8)
+    assert text.startswith("the")
+    assert len(text) == 3 + 8 + 2
+    assert "[MASK*3] too: give the whole text to --infill" in notes
+    assert "byte 0xE9 at position 3 is not valid" in notes
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_ctrl_c_during_the_imports_is_silent(folder, library):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", ROOT / "generate.py", "--length", "10000000"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:  # a line for each module, when it has been imported
+        if f" {library}." in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert process.stdout.read() == ""
+    assert all(line.startswith("import time:") for line in rest.splitlines())

@@ -455,6 +455,19 @@ def test_every_state_keeps_the_rules(flags):
         assert (step.evaluations <= flags["steps"] * (2 if "cfg_scale" in flags else 1)).all()
 
 
+@pytest.mark.parametrize("flags", [flags for flags in SAMPLERS if not {"cfg_scale", "top_k"} & flags.keys()], ids=str)
+def test_a_step_carries_the_networks_probabilities_where_it_wrote(flags):
+    before = torch.stack([template(seed=0), template(seed=1)])
+    predict = Mixing(0)
+    for step in project_process(predict, before, temperature=0.9, **flags):
+        expected = predict(before).double().softmax(-1)[step.revealed]
+        assert torch.allclose(step.probabilities, expected) if step.revealed.any() else not step.probabilities.numel()
+        if step.revealed.any():
+            at_written = step.probabilities.gather(1, step.tokens[step.revealed][:, None])[:, 0]
+            assert torch.equal(at_written, step.confidence[step.revealed])
+        before = step.tokens
+
+
 def test_nothing_to_write_costs_nothing():
     predict = Mixing(0)
     steps = list(project_process(predict, torch.tensor([[4, 5, 6]]), steps=4))
