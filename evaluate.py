@@ -74,7 +74,7 @@ def main() -> None:
         if not args.compare_estimators:
             check_folder(folder)
     with immediate_interrupt():  # torch is imported here, so that --help does not wait for it
-        from checkpoint import find_checkpoints
+        from checkpoint import find_checkpoints, pretrained_checkpoints
         from evaluation.likelihoods import compare_estimators
         from evaluation.report import write_report
         from evaluation.settings import FULL, QUICK
@@ -84,6 +84,7 @@ def main() -> None:
 
     with parser.naming_flags():
         paths = [checkpoint_file(path) for path in args.checkpoints] or find_checkpoints(args.out)
+        paths = paths or pretrained_checkpoints()
         if not paths:
             raise ValueError(f"no checkpoint under {args.out}/: train one with `python train.py`, or name its file")
         checkpoints = select_checkpoints(paths, pick_device(args.device, float64=True))

@@ -306,6 +306,17 @@ def merge_lora(model: Transformer) -> Transformer:
     return rebuilt(model, merged_state(model), lora_rank=0).to(model.device)
 
 
+def adapt(base: Transformer, config: ModelConfig, generator: torch.Generator | None = None) -> Transformer:
+    """The network `base` with another configuration: for a larger vocabulary, with adapters, for other rows of text.
+
+    The other sizes must be equal. Adapters of another rank are merged first, those of the same rank are kept.
+    """
+    grown = extend_vocabulary(base, config.vocab_size, generator)
+    if config.lora_rank != grown.config.lora_rank:
+        grown = add_lora(grown, config.lora_rank, generator) if config.lora_rank else merge_lora(grown)
+    return rebuilt(grown, grown.state_dict(), **(config.to_dict() | {"ngram_base": grown.config.ngram_base}))
+
+
 def lora_state(model: Transformer) -> dict[str, Tensor]:
     """All that is trained in a model with adapters: these and the rows of new tokens, by their names in the state_dict.
 

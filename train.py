@@ -74,6 +74,7 @@ def make_parser() -> Parser:
     add("--preset", choices=("laptop", "gpu"), help="sizes and length of the run (default: gpu on CUDA, else laptop)")
     add("--device", help="cpu, cuda, mps (default: the best one available)")
     add("--out", type=Path, default=Path("out"), help="writes OUT/MODEL/last.pt, best.pt, metrics.jsonl (default: out)")
+    add("--export", type=Path, metavar="FILE", help="also write the best weights alone there, in half precision")
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default: OUT/MODEL/last.pt)")
     add("--model", choices=MODELS, default="llada")
     add("--data", metavar="NAME|FILE", help="tinyshakespeare (default), pydoc, or a UTF-8 text file")
@@ -114,7 +115,7 @@ def make_parser() -> Parser:
 
 def given_settings(args: argparse.Namespace) -> dict:
     """The fields of TrainConfig that the flags set."""
-    others = ("preset", "device", "out", "resume")
+    others = ("preset", "device", "out", "export", "resume")
     settings = {name: value for name, value in vars(args).items() if value is not None and name not in others}
     if args.steps or args.minutes:  # one replaces the other
         settings |= {"steps": args.steps, "minutes": args.minutes}
@@ -159,6 +160,7 @@ def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoi
 def start_run(args: argparse.Namespace, processes: "Processes", start: float) -> "Trainer":
     """A new run, or the one to resume with its own settings; only its end may be moved."""
     from checkpoint import load_checkpoint
+    from model import merge_lora
     from trainer import Trainer, load_training_corpus
 
     def clock() -> float:
@@ -166,6 +168,8 @@ def start_run(args: argparse.Namespace, processes: "Processes", start: float) ->
 
     if args.resume is None:
         base = load_checkpoint(args.init_from) if args.init_from else None
+        if base is not None:  # adapters of its own stay as they are; this run may train new ones
+            base.model = merge_lora(base.model)
         config = new_config(args, processes.device.type == "cuda", base)
         trainer = Trainer(config, load_training_corpus(config, base), processes, clock, base)
         if base is not None:
@@ -214,7 +218,7 @@ def say_summary(summary: dict) -> None:
 # ------------------------------------------------------------------------------------------------- main
 def train(args: argparse.Namespace, start: float) -> None:
     """Train, save, score. `start`: when the program began, time.monotonic()."""
-    from checkpoint import CheckpointWriter
+    from checkpoint import CheckpointWriter, export_weights, load_checkpoint
     from trainer import summarize
     from utils.devices import pick_device, tune_cpu
     from utils.processes import Processes
@@ -246,7 +250,11 @@ def train(args: argparse.Namespace, start: float) -> None:
         summary = summarize(trainer, session)
         writer.save_summary(summary)
         say_summary(summary)
-        say(f"wrote {folder}/best.pt, last.pt, metrics.jsonl, summary.json")
+        adapters = "adapters.pt, " if trainer.config.lora_rank else ""
+        say(f"wrote {folder}/best.pt, last.pt, {adapters}metrics.jsonl, summary.json")
+        if args.export:
+            export_weights(args.export, load_checkpoint(folder / "best.pt"))
+            say(f"wrote {args.export}: {args.export.stat().st_size / 1e6:.1f} MB")
         say(f"next: python generate.py --checkpoint {folder}/best.pt")
 
 

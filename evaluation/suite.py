@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import data
-from checkpoint import Checkpoint, find_checkpoints, load_checkpoint
+from checkpoint import Checkpoint, load_checkpoint
 from data import Corpus, Rows, validation_rows
 from evaluation.likelihoods import (
     likelihood_figures,
@@ -33,15 +33,9 @@ PROMPTS = 3
 
 # ------------------------------------------------------------------------------------------------- what is evaluated
 def select_checkpoints(paths: list[str], device: str) -> dict[str, Checkpoint]:
-    """The checkpoints by model name, LLaDA first; without paths, those under out/.
-
-    Raises ValueError if there are none, two of one model, or of different texts.
-    """
-    found = paths or find_checkpoints()
-    if not found:
-        raise ValueError("no checkpoint under out/: train one with `python train.py`, or name its file")
+    """The checkpoints by model name, LLaDA first. Raises ValueError if two are of one model, or of different texts."""
     checkpoints: dict[str, Checkpoint] = {}
-    for checkpoint in (load_checkpoint(path, device) for path in found):
+    for checkpoint in (load_checkpoint(path, device) for path in paths):
         first = checkpoints.setdefault(checkpoint.model.name, checkpoint)
         if first is not checkpoint:
             raise ValueError(f"{first.path} and {checkpoint.path} are both {first.model.name}: give one of each")

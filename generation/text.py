@@ -30,9 +30,9 @@ from generation.infilling import (
     prompt_template,
     text_sampling,
 )
-from model import Transformer
+from model import Transformer, merge_lora
 from sampler import SamplingConfig
-from tokenizer import MASK_ID, START_ID, SimpleTokenizer
+from tokenizer import MASK_ID, START_ID, Tokenizer
 from utils.errors import ArgumentError, check_number
 
 MAX_OUT_TOKENS = 200  # default
@@ -40,7 +40,7 @@ Config = SamplingConfig | DecodingConfig
 
 
 # ------------------------------------------------------------------------------------------------- functions
-def generate_text(model: Transformer, tokenizer: SimpleTokenizer, prompt: str = "", config=None, **arguments) -> str:
+def generate_text(model: Transformer, tokenizer: Tokenizer, prompt: str = "", config=None, **arguments) -> str:
     """The prompt and what the model writes after it.
 
     arguments: max_out_tokens, seed, stop and settings, see the top of this module.
@@ -49,7 +49,7 @@ def generate_text(model: Transformer, tokenizer: SimpleTokenizer, prompt: str = 
 
 
 def generate_texts(
-    model: Transformer, tokenizer: SimpleTokenizer, prompts: Sequence[str], config: Config | None = None, **arguments
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], config: Config | None = None, **arguments
 ) -> list[str]:
     """Each prompt, of any length, with what the model writes after it, as one batch.
 
@@ -64,7 +64,7 @@ def generate_texts(
 
 def stream_texts(
     model: Transformer,
-    tokenizer: SimpleTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     config: Config | None = None,
     *,
@@ -102,7 +102,7 @@ def stream_texts(
 
 def infill(
     model: Transformer,
-    tokenizer: SimpleTokenizer,
+    tokenizer: Tokenizer,
     template: str | Sequence[str],
     config: SamplingConfig | None = None,
     *,
@@ -138,12 +138,12 @@ def config_for(model: Transformer, config: Config | None, settings: dict) -> Con
     return DecodingConfig(**settings) if model.causal else text_sampling(**settings)
 
 
-def prompt_ids(tokenizer: SimpleTokenizer, prompt: str) -> Tensor:
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
     """(1 + len(prompt),) ids for GPT: [START] opens every text. Raises ValueError for unknown characters."""
     return torch.cat([torch.tensor([START_ID]), encode(prompt, tokenizer)])
 
 
-def ends_in(strings: Sequence[str], tokenizer: SimpleTokenizer, written: list[int]) -> bool:
+def ends_in(strings: Sequence[str], tokenizer: Tokenizer, written: list[int]) -> bool:
     """Whether the newest of the written ids completes one of the strings."""
     tail = tokenizer.decode(written[-max(map(len, strings)) :])  # every id is one character at least
     return any(string in tail for string in strings)
@@ -151,9 +151,10 @@ def ends_in(strings: Sequence[str], tokenizer: SimpleTokenizer, written: list[in
 
 # ------------------------------------------------------------------------------------------------- a trained model
 class GeneratorTransformer:
-    """A trained model of either kind and its tokenizer. Prompts and results are text."""
+    """A trained model of either kind and its tokenizer. Prompts and results are text. Adapters are merged."""
 
-    def __init__(self, model: Transformer, tokenizer: SimpleTokenizer):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        model = merge_lora(model) if model.config.lora_rank else model
         self.model, self.tokenizer = model.eval(), tokenizer
 
     @classmethod

@@ -5,9 +5,19 @@ import os
 import pytest
 import torch
 
-from checkpoint import Checkpoint, find_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
-from model import MODELS, ModelConfig
-from tokenizer import SimpleTokenizer
+import checkpoint
+from checkpoint import (
+    Checkpoint,
+    export_weights,
+    find_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_adapters,
+    save_checkpoint,
+)
+from model import MODELS, ModelConfig, add_lora
+from tokenizer import SimpleTokenizer, train_bpe
+from utils.files import sha256_of
 
 
 def small(name: str = "gpt", arch: str = "rotary") -> Checkpoint:
@@ -32,6 +42,54 @@ def test_round_trip(tmp_path, name, arch):
     assert (loaded.corpus, loaded.step, loaded.history) == (saved.corpus, saved.step, saved.history)
     assert torch.equal(loaded.training["generator"], saved.training["generator"])
     assert os.listdir(tmp_path / "a") == ["last.pt"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_subword_tokenizer_is_in_the_file(tmp_path, name):
+    saved = small(name)
+    saved.tokenizer = train_bpe(["the theme, the thesis"], 300)
+    save_checkpoint(tmp_path / "last.pt", saved)
+    assert load_checkpoint(tmp_path / "last.pt").tokenizer.to_dict() == saved.tokenizer.to_dict()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_exported_weights_are_those_of_the_model_in_half_precision(tmp_path, rank):
+    saved = small()
+    saved.model = add_lora(randomized(saved.model), rank) if rank else randomized(saved.model)
+    for p in saved.model.parameters():
+        p.data += 0.1 if p.requires_grad else 0.0
+    export_weights(tmp_path / "x.pt", saved)
+    loaded, tokens = load_checkpoint(tmp_path / "x.pt"), torch.tensor([[4, 5, 6]])
+    assert loaded.model.config.lora_rank == 0
+    assert loaded.training == {}
+    assert torch.allclose(loaded.model(tokens), saved.model.eval()(tokens), rtol=2e-2, atol=2e-2)
+    stored = torch.load(tmp_path / "x.pt")["model"].values()
+    assert {tensor.dtype for tensor in stored} == {torch.float16}
+
+
+def test_adapters_alone_need_the_model_that_they_change(tmp_path):
+    base = small()
+    base.model = randomized(base.model)
+    save_checkpoint(tmp_path / "base.pt", base)
+    adapted = small()
+    adapted.model = add_lora(base.model, 2)
+    for p in adapted.model.parameters():
+        p.data += 0.1 if p.requires_grad else 0.0
+    note = {"path": str(tmp_path / "base.pt"), "sha256": sha256_of(tmp_path / "base.pt")}
+    save_adapters(tmp_path / "adapters.pt", adapted, note)
+    loaded, tokens = load_checkpoint(tmp_path / "adapters.pt"), torch.tensor([[4, 5, 6]])
+    assert torch.equal(loaded.model(tokens), adapted.model.eval()(tokens))
+    save_checkpoint(tmp_path / "base.pt", small())
+    with pytest.raises(ValueError, match=r"adapters.pt: holds adapters of .*base.pt, which is missing or has changed"):
+        load_checkpoint(tmp_path / "adapters.pt")
+
+
+def randomized(model):
+    """The model with random weights where it starts at zero."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data.normal_(generator=generator)
+    return model
 
 
 def test_files_that_are_no_checkpoints_are_named(tmp_path):
@@ -72,7 +130,8 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_the_newest_run_is_found_by_model(tmp_path):
+def test_the_newest_run_is_found_by_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrained")
     with pytest.raises(ValueError, match="train one"):
         newest_checkpoint(tmp_path)
     for age, path in enumerate(["llada/last.pt", "gpt/best.pt", "gpt/last.pt"]):
@@ -81,3 +140,15 @@ def test_the_newest_run_is_found_by_model(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "gpt/best.pt"
     assert newest_checkpoint(tmp_path, "llada") == tmp_path / "llada/last.pt"
     assert find_checkpoints(tmp_path) == [tmp_path / "gpt/best.pt", tmp_path / "llada/last.pt"]
+
+
+def test_without_a_run_of_a_model_its_pretrained_one_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrained")
+    for path in ("pretrained/llada.pt", "pretrained/gpt.pt"):
+        save_checkpoint(tmp_path / path, small())
+    assert newest_checkpoint(tmp_path) == tmp_path / "pretrained/llada.pt"
+    assert newest_checkpoint(tmp_path, "gpt") == tmp_path / "pretrained/gpt.pt"
+    save_checkpoint(tmp_path / "gpt/best.pt", small())
+    assert newest_checkpoint(tmp_path) == tmp_path / "gpt/best.pt"
+    assert newest_checkpoint(tmp_path, "llada") == tmp_path / "pretrained/llada.pt"
+    assert find_checkpoints(tmp_path) == [tmp_path / "gpt/best.pt"]
