@@ -4,27 +4,33 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from autoregressive import beam_search
+from autoregressive import beam_search, decode
 from checkpoint import load_checkpoint, newest_checkpoint
+from generation.animation import write_gif
 from generation.chat import chat
 from generation.flags import (
     DEFAULTS,
-    TEMPLATES,
+    check_writable,
     checkpoint_file,
     decode_utf8,
+    is_template,
     make_beam_config,
     make_config,
     mode_of,
+    models_of,
     opening,
     read_prompt,
     refuse_masks,
     refuse_unused,
 )
+from generation.history import History
 from generation.infilling import (
     MASK_PATTERN,
     GenerationState,
@@ -34,8 +40,11 @@ from generation.infilling import (
     parse_template,
     prompt_template,
 )
-from generation.live import watch
-from generation.text import Config, GeneratorTransformer, prompt_ids, stream_texts
+from generation.live import PAUSE, Recorder, View
+from generation.page import write_page
+from generation.race import race
+from generation.screen import text_stands
+from generation.text import Config, GeneratorTransformer, prompt_ids, stop_rule, stream_texts
 from tokenizer import MASK_ID, SPECIAL_TOKENS
 from utils.console import counted, progress, say, write
 from utils.devices import pick_device
@@ -48,7 +57,9 @@ NO_MASKS = "has nothing to write: mark one character as [MASK], n characters as 
 def write_as_asked(args: Namespace) -> None:
     """Load the model, check the flags and run the mode they ask for. A flag that was not given is None."""
     mode = mode_of(args)
-    writer = load(args)
+    check_writable(args)
+    writers = [load(args, name) for name in models_of(args, mode)]
+    writer = writers[0]
     refuse_unused(args, mode, writer.model)
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -60,19 +71,23 @@ def write_as_asked(args: Namespace) -> None:
     if args.compile:
         say("compiling; later runs reuse the result")
         writer.model.compile()
-    write_text = print_decoded if writer.model.causal else print_file if args.infill_file is not None else print_filled
-    modes = {"chat": answer_prompts, "top": print_next_tokens, "num_beams": print_beams, "text": write_text}
-    modes[mode](writer, args)
+    if mode == "race":
+        return print_race(writers, args)
+    modes = {"chat": answer_prompts, "top": print_next_tokens, "num_beams": print_beams}
+    modes.get(mode, text_mode(writer, args))(writer, args)
 
 
-def is_template(args: Namespace) -> bool:
-    """Whether a template is given, instead of a prompt."""
-    return any(getattr(args, name) is not None for name in TEMPLATES)
+def text_mode(writer: GeneratorTransformer, args: Namespace) -> Callable[[GeneratorTransformer, Namespace], None]:
+    """How to write texts."""
+    if args.infill_file is not None:
+        return print_file
+    if args.watch or args.html or args.gif:
+        return print_viewed
+    return print_decoded if writer.model.causal else print_filled
 
 
-def load(args: Namespace) -> GeneratorTransformer:
-    """The model that the flags ask for. Raises ValueError if there is none."""
-    name = "llada" if args.model is None and is_template(args) else args.model
+def load(args: Namespace, name: str | None) -> GeneratorTransformer:
+    """The model that the flags ask for, of kind `name` if it is given. Raises ValueError if there is none."""
     path = checkpoint_file(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out or "out", name)
     checkpoint = load_checkpoint(path, pick_device(args.device, float64=True))
     kind = checkpoint.model.name
@@ -99,7 +114,7 @@ def print_decoded(writer: GeneratorTransformer, args: Namespace) -> None:
         texts = ["".join(text) for text in zip(*pieces, strict=True)]
         write_texts([args.prompt + text for text in texts])
         characters = sum(map(len, texts))
-    say_speed(characters, start)
+    say_speed(characters, time.perf_counter() - start)
 
 
 def stream(
@@ -114,8 +129,8 @@ def print_filled(writer: GeneratorTransformer, args: Namespace) -> None:
     """LLaDA: one text as it becomes complete from the left, or several at the end."""
     template, hidden = make_template(args, writer)
     start, shown, config = time.perf_counter(), hidden, make_config(args, writer.model)
-    streaming = args.num_samples == 1 and not args.watch and config.remask is None
-    for state in viewed(fill(writer, args, [template] * args.num_samples), writer, args):
+    streaming = args.num_samples == 1 and config.remask is None
+    for state in fill(writer, args, [template] * args.num_samples):
         if streaming:
             end = first_mask(state.texts[0], shown)
             write(writer.tokenizer.decode(state.texts[0][shown:end]))
@@ -124,7 +139,7 @@ def print_filled(writer: GeneratorTransformer, args: Namespace) -> None:
     if streaming:
         texts[0] = state.texts[0][shown:]
     write_texts([writer.tokenizer.decode(text) for text in texts])
-    say_speed(args.num_samples * int((template == MASK_ID).sum()), start, state.nfe)
+    say_speed(args.num_samples * int((template == MASK_ID).sum()), time.perf_counter() - start, state.nfe)
 
 
 def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor, int]:
@@ -148,13 +163,6 @@ def fill(writer: GeneratorTransformer, args: Namespace, templates: list[Tensor])
     return fill_masks(writer.model, templates, make_config(args, writer.model), generator=generator)
 
 
-def viewed(
-    states: Iterator[GenerationState], writer: GeneratorTransformer, args: Namespace
-) -> Iterator[GenerationState]:
-    """The states, shown as they come in the view that a flag of VIEWS asks for, if any."""
-    return watch(states, writer.tokenizer) if args.watch else states
-
-
 def print_file(writer: GeneratorTransformer, args: Namespace) -> None:
     """LLaDA, --infill-file: the bytes of the file with its masks filled. All other bytes stay as they are."""
     source = "standard input" if str(args.infill_file) == "-" else str(args.infill_file)
@@ -176,7 +184,7 @@ def print_file(writer: GeneratorTransformer, args: Namespace) -> None:
         write(filled)
     else:
         sys.stdout.buffer.write(filled.encode())
-    say_speed(total, start, state.nfe)
+    say_speed(total, time.perf_counter() - start, state.nfe)
 
 
 def write_texts(texts: Sequence[str], name: str = "sample") -> None:
@@ -187,11 +195,91 @@ def write_texts(texts: Sequence[str], name: str = "sample") -> None:
         write(text, end="\n")
 
 
-def say_speed(characters: int, start: float, nfe: int | None = None) -> None:
-    """What was written since `start` and how fast, on standard error."""
-    seconds = time.perf_counter() - start
+def say_speed(characters: int, seconds: float, nfe: int | None = None) -> None:
+    """What was written and how fast, on standard error."""
     evaluations = "" if nfe is None else f", {counted(nfe, 'network evaluation')}"
     say(f"{counted(characters, 'character')} in {seconds:.2f} s: {characters / seconds:.0f} characters/s{evaluations}")
+
+
+# ------------------------------------------------------------------------------------------------- views
+def print_viewed(writer: GeneratorTransformer, args: Namespace) -> None:
+    """--watch, --html, --gif: the texts at the end; the first of them is shown or kept step by step."""
+    model, tokenizer, n = writer.model, writer.tokenizer, args.num_samples
+    ids, hidden = beginning(writer, args)
+    view = Recorder(hidden)
+    if args.watch:
+        steps, pause = args.max_out_tokens if model.causal else None, PAUSE if args.pause is None else args.pause
+        view = View(pause, steps, hidden, stays=n == 1)
+    with view:
+        if model.causal:
+            columns = list(follow(writer, args, ids, view))
+            nfe, tails = len(columns), [tokenizer.decode(row) for row in torch.stack(columns, 1).cpu()]
+            characters, texts = sum(map(len, tails)), [args.prompt + tail for tail in tails]
+        else:
+            [state] = deque(follow(writer, args, ids, view), maxlen=1)
+            nfe, characters = state.nfe, n * int((ids == MASK_ID).sum())
+            texts = [tokenizer.decode(text[hidden:]) for text in state.texts]
+    if not (args.watch and n == 1 and text_stands()):
+        write_texts(texts)
+    say_speed(characters, view.seconds, nfe)
+    save_views(args, [view.history])
+
+
+def print_race(writers: Sequence[GeneratorTransformer], args: Namespace) -> None:
+    """--race: each model writes alone; then all are replayed side by side."""
+    args.num_samples = 1
+    ids, hidden = zip(*(beginning(writer, args) for writer in writers), strict=True)
+
+    def run(writer: GeneratorTransformer, ids: Tensor) -> Iterator[History]:
+        recorder = Recorder()
+        for _ in follow(writer, args, ids, recorder):
+            yield recorder.history
+
+    histories = race([partial(run, *pair) for pair in zip(writers, ids, strict=True)], hidden)
+    if not text_stands():
+        for history, writer, n in zip(histories, writers, hidden, strict=True):
+            written = [writer.tokenizer.char_to_id[cell.token] for cell in history.cells[n:]]
+            write(f"--- {history.label} ---\n{writer.tokenizer.decode(written)}\n")
+    save_views(args, histories)
+
+
+def beginning(writer: GeneratorTransformer, args: Namespace) -> tuple[Tensor, int]:
+    """What a text begins with: (T,) ids, LLaDA's with masks; and how many positions of it are not to be printed."""
+    if not writer.model.causal:
+        return make_template(args, writer)
+    prompt = opening(args.prompt, writer.model, writer.tokenizer)
+    ids = prompt_ids(writer.tokenizer, prompt)
+    return ids, 0 if prompt == args.prompt else len(ids) - 1  # [START] has no position
+
+
+def follow(
+    writer: GeneratorTransformer, args: Namespace, ids: Tensor, view: Recorder
+) -> Iterator[Tensor] | Iterator[GenerationState]:
+    """Write texts that begin with ids (T,) and show the first in a view: columns of tokens (GPT) or states (LLaDA)."""
+    model, tokenizer = writer.model, writer.tokenizer
+    if not model.causal:
+        return view.filling(fill(writer, args, [ids] * args.num_samples), ids, tokenizer)
+    columns = decode(
+        model,
+        [ids] * args.num_samples,
+        make_config(args, model),
+        max_out_tokens=args.max_out_tokens,
+        generator=torch.Generator().manual_seed(args.seed),
+        stop=stop_rule(args.stop or (), tokenizer),
+    )
+    return view.decoding(columns, model, ids, tokenizer)
+
+
+def save_views(args: Namespace, histories: Sequence[History]) -> None:
+    """Write the files of --html and --gif."""
+    beginning = (args.infill or args.prompt or "").strip().partition("\n")[0]
+    title = " and ".join(history.label for history in histories) + (f": {beginning:.60}" if beginning else "")
+    if args.html is not None:
+        write_page(args.html, histories, title)
+        say(f"wrote {args.html}: open it in a browser")
+    if args.gif is not None:
+        write_gif(args.gif, histories)
+        say(f"wrote {args.gif}")
 
 
 # ------------------------------------------------------------------------------------------------- other modes

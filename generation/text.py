@@ -11,7 +11,7 @@ A setting that the model does not have raises TypeError. Bad values and unknown 
 ArgumentError where it names an argument), at the call and before anything is written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -80,8 +80,6 @@ def stream_texts(
     """
     config = config_for(model, config, settings)
     stops = [stop] if isinstance(stop, str) else list(stop)
-    if "" in stops:
-        raise ArgumentError("stop", "must not be an empty string")
     generator = torch.Generator().manual_seed(seed)
     if not model.causal:
         if stops:
@@ -95,7 +93,7 @@ def stream_texts(
         config,
         max_out_tokens=max_out_tokens,
         generator=generator,
-        stop=partial(ends_in, stops, tokenizer) if stops else None,
+        stop=stop_rule(stops, tokenizer),
     )
     return ([tokenizer.decode([token]) for token in column.tolist()] for column in columns)
 
@@ -141,6 +139,13 @@ def config_for(model: Transformer, config: Config | None, settings: dict) -> Con
 def prompt_ids(tokenizer: SimpleTokenizer, prompt: str) -> Tensor:
     """(1 + len(prompt),) ids for GPT: [START] opens every text. Raises ValueError for unknown characters."""
     return torch.cat([torch.tensor([START_ID]), encode(prompt, tokenizer)])
+
+
+def stop_rule(stops: Sequence[str], tokenizer: SimpleTokenizer) -> Callable[[list[int]], bool] | None:
+    """The rule `stop` of `decode` that ends a text after any of the strings. Raises ArgumentError for an empty one."""
+    if "" in stops:
+        raise ArgumentError("stop", "must not be an empty string")
+    return partial(ends_in, stops, tokenizer) if stops else None
 
 
 def ends_in(strings: Sequence[str], tokenizer: SimpleTokenizer, written: list[int]) -> bool:
