@@ -39,7 +39,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     p, n = successes / trials, trials
     middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
 
 def text_metrics(texts: list[str], references: list[str]) -> dict:
@@ -76,7 +76,8 @@ def complete_pairs(
     settings = {} if model.causal else GREEDY_LLADA
     for start in track(range(0, len(pairs), size), f"{model.name} writes"):
         prompts = [pair.prompt for pair in pairs[start : start + size]]
-        length = model.config.block_size  # at most: a text ends with [END], and with the context
+        shortest = min(len(tokenizer.encode(prompt)) for prompt in prompts)
+        length = model.config.block_size - shortest - 2  # what the context holds besides [START] prompt [START]
         texts += generate_texts(
             model, tokenizer, prompts, max_out_tokens=length, seed=seed, temperature=temperature, **settings
         )
