@@ -18,6 +18,7 @@ REMASKERS = ("random", "cap", "rescale", "conf", "loop")
 EXAMPLES = """
 python generate.py --prompt "ROMEO:" --length 500
 python generate.py --infill "ROMEO: [MASK*12] love [MASK*20]" --watch
+python generate.py --race --prompt "ROMEO:" --html race.html
 python generate.py --infill-file letter.txt > filled.txt
 python generate.py --model llada --order confidence --threshold 0.9
 python generate.py --model gpt --prompt "ROMEO:" --stop "JULIET:" --temperature 0.8
@@ -42,8 +43,17 @@ def make_parser() -> Parser:
     add("--length", dest="max_out_tokens", type=length, metavar="N", help="characters to write (default: 200)")
     add("--num-samples", type=POSITIVE_INT, metavar="N", help="texts to write (default: 1)")
     add("--seed", type=SEED, metavar="N", help="the same seed gives the same text (default: 0)")
+    add = parser.add_argument_group("views").add_argument
+    add("--watch", action="store_true", default=None, help="show the text while it is written, on standard error")
+    pause = "how long --watch shows a step, at least (default: 0.12; all steps of a text at most 50 times as long)"
+    add("--pause", type=number(float, low=0, high=60), metavar="SECONDS", help=pause)
+    html = "write a page that plays how the text (or the race) came about, for any browser"
+    add("--html", type=Path, metavar="FILE", help=html)
+    add("--gif", type=Path, metavar="FILE", help="... an animation of it")
     add = parser.add_argument_group("other modes").add_mutually_exclusive_group().add_argument
     add("--chat", action="store_true", default=None, help="read prompts line by line and answer each; `exit` leaves")
+    race = "LLaDA and GPT write from one prompt, side by side: the newest of each under --out"
+    add("--race", action="store_true", default=None, help=race)
     add("--top", type=POSITIVE_INT, metavar="K", help="show the K likeliest next tokens with their probabilities")
     add("--beams", dest="num_beams", type=POSITIVE_INT, metavar="N", help="GPT: beam search with N beams")
     add_token_flags(parser)
@@ -98,7 +108,6 @@ def add_llada_flags(parser: Parser) -> None:
     add("--eta", type=number(float, low=0, high=1), metavar="E", help=eta)
     guidance = "strength of guidance by the prompt (default: 0)"
     add("--cfg", "--cfg-scale", dest="cfg_scale", type=number(float, low=0), metavar="S", help=guidance)
-    add("--watch", action="store_true", default=None, help="show the text filling in, on standard error")
 
 
 def add_gpt_flags(parser: Parser) -> None:

@@ -3,6 +3,9 @@
 A flag that was not given is None, so that one without effect can be refused.
 """
 
+import errno
+import os
+import tempfile
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -12,13 +15,14 @@ from generation.infilling import MASK_PATTERN, knows, text_sampling
 from generation.text import MAX_OUT_TOKENS, Config
 from model import Transformer
 from sampler import SamplingConfig
-from tokenizer import SimpleTokenizer
+from tokenizer import Tokenizer
 from utils.errors import ArgumentError
 from utils.standard_input import input_waits, read_input
 
-MODES = {"chat": "--chat", "top": "--top", "num_beams": "--beams"}  # besides writing text
+MODES = {"chat": "--chat", "top": "--top", "num_beams": "--beams", "race": "--race"}  # besides writing text
 TEMPLATES = {"infill": "--infill", "infill_file": "--infill-file"}  # a whole text, instead of a prompt and a length
-VIEWS = {"watch"}  # of a text that is being written
+VIEWS = ("watch", "html", "gif")  # of a text that is being written
+RACERS = ("llada", "gpt")
 DEFAULTS = {"max_out_tokens": MAX_OUT_TOKENS, "num_samples": 1, "seed": 0}
 EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 
@@ -31,6 +35,9 @@ def mode_of(args: Namespace) -> str:
 
 def used_flags(mode: str, model: Transformer) -> set[str]:
     """The flags that have an effect in this mode with this model, by their destinations."""
+    if mode == "race":
+        shared = {"out", "device", "prompt", "race", "max_out_tokens", "seed", "html", "gif"}
+        return shared | {*names(DecodingConfig), *names(SamplingConfig)}
     used = {"checkpoint", "out", "model", "device", "prompt", mode}
     if mode == "top":
         return used | {"context_len" if model.causal else "infill"}
@@ -40,7 +47,7 @@ def used_flags(mode: str, model: Transformer) -> set[str]:
     used |= {"seed", "stop", *names(DecodingConfig)} if model.causal else {"seed", *names(SamplingConfig)}
     if mode == "chat":
         return used - {"prompt"}
-    return used | {"num_samples"} | (set() if model.causal else {*TEMPLATES, *VIEWS})
+    return used | {"num_samples", "pause", *VIEWS} | (set() if model.causal else {*TEMPLATES})
 
 
 def names(config_class: type) -> list[str]:
@@ -49,11 +56,12 @@ def names(config_class: type) -> list[str]:
 
 
 def refuse_unused(args: Namespace, mode: str, model: Transformer) -> None:
-    """Raise ArgumentError if a flag was given that has no effect."""
-    used, used_by_model = used_flags(mode, model), set().union(*(used_flags(m, model) for m in ("text", *MODES)))
+    """Raise ArgumentError if a flag was given that has no effect. model: any of those that race."""
+    used, others = used_flags(mode, model), [m for m in ("text", *MODES) if m != "race"]
+    used_by_model = set().union(*(used_flags(m, model) for m in others))
     given_flags = [name for name, value in vars(args).items() if value is not None]
     for name in given_flags:
-        if name not in used_by_model:
+        if mode != "race" and name not in used_by_model:
             raise ArgumentError(name, f"has no effect on a {model.name} model; choose another with --model")
     for name in given_flags:
         if name not in used:
@@ -65,10 +73,42 @@ def refuse_unused(args: Namespace, mode: str, model: Transformer) -> None:
     for name in ("num_samples", *VIEWS):
         if args.infill_file is not None and name in given_flags:
             raise ArgumentError(name, "has no effect with --infill-file, which writes one file")
+    if args.pause is not None and not args.watch:
+        raise ArgumentError("pause", "needs --watch")
     if args.checkpoint is not None and args.out is not None:
         raise ArgumentError("out", "has no effect with --checkpoint, which names the model")
     if args.eta is not None and args.remask not in ("cap", "rescale", "loop"):
         raise ArgumentError("eta", "needs --remask cap, rescale or loop")
+
+
+def models_of(args: Namespace, mode: str) -> tuple[str | None, ...]:
+    """The kinds of model to load; None: either. Raises ArgumentError for a race of a certain model."""
+    if mode == "race":
+        for name in ("checkpoint", "model"):
+            if getattr(args, name) is not None:
+                raise ArgumentError(name, "has no effect with --race, which takes the newest of each kind under --out")
+        return RACERS
+    return ("llada",) if args.model is None and is_template(args) else (args.model,)
+
+
+def is_template(args: Namespace) -> bool:
+    """Whether a template is given, instead of a prompt."""
+    return any(getattr(args, name) is not None for name in TEMPLATES)
+
+
+def check_writable(args: Namespace) -> None:
+    """Raise ArgumentError if the file of --html or --gif could not be written when the text is complete."""
+    for name in ("html", "gif"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ArgumentError(name, f"{path}: cannot be written ({error.strerror})") from None
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -141,7 +181,7 @@ def decode_utf8(content: bytes, argument: str, source: str) -> str:
         raise ArgumentError(argument, problem) from None
 
 
-def opening(prompt: str, model: Transformer, tokenizer: SimpleTokenizer) -> str:
+def opening(prompt: str, model: Transformer, tokenizer: Tokenizer) -> str:
     """What the model reads before it writes: the prompt, or for an empty one a newline, which is not printed.
 
     Windows of training text begin anywhere, even within a word, and so would a text without a prompt. Segments, which

@@ -58,30 +58,51 @@ def fill_template(template: str, written: Tensor, tokenizer: Tokenizer) -> str:
     return MASK_PATTERN.sub(lambda match: tokenizer.decode(list(islice(ids, int(match[1] or 1)))), template)
 
 
-def given_ids(prompt: str, model: Transformer, tokenizer: Tokenizer) -> Tensor:
-    """The ids of a prompt, taken literally, without the [START] before it. A prompt of a pair ends with a [START].
+def given_ids(
+    prompt: str, model: Transformer, tokenizer: Tokenizer, history: Sequence[tuple[str, str]] = (), room: int = 1
+) -> Tensor:
+    """The ids of a prompt, taken literally, without the [START] before it. The prompt of a pair ends with a [START].
 
-    Raises ValueError for unknown characters, and ArgumentError for a prompt that leaves a model of segments no room.
+    history: earlier prompts and completions of a conversation with a model of pairs. They stand before the prompt, the
+    newest ones, as many as leave `room` tokens to write. Raises ValueError for unknown characters, and ArgumentError
+    for a prompt that leaves a model of segments no room at all.
     """
-    ids, config = encode(prompt, tokenizer), model.config
-    if config.segments == "pairs":
+    ids, size = encode(prompt, tokenizer), model.config.block_size
+    if model.config.segments == "pairs":
         ids = F.pad(ids, (0, 1), value=START_ID)
-    if model.is_segmented and len(ids) > config.block_size - 2:
-        problem = f"takes {len(ids)} tokens, which leaves no room to write in a context of {config.block_size}"
+    if model.is_segmented and len(ids) > size - 2:
+        problem = f"takes {len(ids)} tokens, which leaves no room to write in a context of {size}"
         raise ArgumentError("prompt", f"{problem}: shorten it")
+    for earlier, completion in reversed(history):
+        pair = [*encode(earlier, tokenizer), START_ID, *encode(completion, tokenizer), END_ID, START_ID]
+        if len(pair) + len(ids) + room > size - 1:
+            break
+        ids = torch.cat([torch.tensor(pair), ids])
     return ids
 
 
-def prompt_template(prompt: str, max_out_tokens: int, model: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, int]:
-    """A prompt and masks after it, (T,) ids, and the number of ids of the prompt.
+def prompt_template(
+    prompt: str,
+    max_out_tokens: int,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    history: Sequence[tuple[str, str]] = (),
+) -> tuple[Tensor, int]:
+    """A prompt and masks after it, (T,) ids, and the number of ids that are given.
 
-    max_out_tokens masks, or as many as the context of a model of segments has room for. Raises as `given_ids` does.
+    max_out_tokens masks, or as many as the context of a model of segments has room for. history, and what is raised:
+    see `given_ids`.
     """
     check_number("max_out_tokens", max_out_tokens, low=0)
-    given = given_ids(prompt, model, tokenizer)
+    given = given_ids(prompt, model, tokenizer, history, answer_room(model, max_out_tokens))
     if model.is_segmented:
         max_out_tokens = min(max_out_tokens, model.config.block_size - 1 - len(given))
     return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
+
+
+def answer_room(model: Transformer, max_out_tokens: int) -> int:
+    """How many tokens of its context a conversation leaves to the next answer: half of it at most."""
+    return min(max_out_tokens, model.config.block_size // 2)
 
 
 def encode(text: str, tokenizer: Tokenizer) -> Tensor:
@@ -253,6 +274,7 @@ def filling_loop(
 ) -> Iterator[GenerationState]:
     """The loop of `fill_masks`: the k-th windows of all texts that have one are a batch."""
     nfe, evaluations = 0, torch.zeros(len(texts), dtype=torch.long)
+    masked = [text == MASK_ID for text in texts]
     for k in range(max(map(len, starts_of))):
         rows = [b for b in range(len(texts)) if k < len(starts_of[b])]
         windows = [texts[b][starts_of[b][k] :][:block_size] for b in rows]  # views
@@ -268,23 +290,26 @@ def filling_loop(
         ):
             for window, tokens in zip(windows, step.tokens, strict=True):
                 window.copy_(tokens[len(tokens) - len(window) :])
-                cut_at_end(window)
+            for text, mask in zip(texts, masked, strict=True):
+                cut_at_end(text, mask)
             nfe, evaluations[rows] = nfe_before + step.nfe, evaluations_before + step.evaluations
             yield GenerationState(texts, step, nfe, evaluations.clone())
 
 
-def cut_at_end(text: Tensor) -> None:
-    """Replace what is written behind the first [END] of text (T,) by [END]s, in place, once no mask is before it.
+def cut_at_end(text: Tensor, free: Tensor) -> None:
+    """Replace what is written behind the first written [END] of text (T,) by [END]s, once no mask is before it.
+
+    free (T,): the positions that were not given.
 
     >>> text = torch.tensor([4, END_ID, 5, MASK_ID])
-    >>> cut_at_end(text)
+    >>> cut_at_end(text, torch.ones(4, dtype=torch.bool))
     >>> text.tolist() == [4, END_ID, END_ID, MASK_ID]
     True
     """
-    ends = (text == END_ID).nonzero()
+    ends = ((text == END_ID) & free).nonzero()
     if len(ends) and not (text[: ends[0]] == MASK_ID).any():
-        behind = text[ends[0] :]  # a view
-        behind[behind != MASK_ID] = END_ID
+        behind = torch.arange(len(text)) > ends[0]
+        text[behind & free & (text != MASK_ID)] = END_ID
 
 
 def pad_left(texts: Sequence[Tensor]) -> Tensor:
@@ -309,7 +334,9 @@ def completed_pieces(
         if not at_end:
             yield next_pieces(texts, decoders, shown)
     last = next_pieces(texts, decoders, shown)
-    yield [piece + decoder.flush() for piece, decoder in zip(last, decoders, strict=True)]
+    last = [piece + decoder.flush() for piece, decoder in zip(last, decoders, strict=True)]
+    if any(last):
+        yield last
 
 
 def next_pieces(texts: list[Tensor], decoders: list[StreamDecoder], shown: list[int]) -> list[str]:

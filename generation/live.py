@@ -7,11 +7,10 @@ that drawing and pausing take. race.py shows two texts side by side.
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import chain
 
 from torch import Tensor
 
-from generation.history import History, Status, record_decoding, record_filling
+from generation.history import History, Status, record_decoding, record_filling, timed
 from generation.infilling import GenerationState
 from generation.screen import (
     MASK,
@@ -28,26 +27,85 @@ from generation.screen import (
     styled_text,
 )
 from model import GPT
-from tokenizer import MASK_ID, PAD_ID, START_ID, Tokenizer
+from tokenizer import PAD_ID, START_ID, Tokenizer
 from utils.console import counted, printable, say
 
 PAUSE = 0.12  # seconds that a step stands at least
 PAUSES = 50  # the most that all steps of a text together are delayed by, in pauses
 
 
-class View:
-    """A view of one text while it is written. A context manager; on a terminal its finished text stays.
+class Recorder:
+    """Passes on what a model writes, and keeps the history of the first text. A context manager, as `View` is.
+
+    hidden: how many positions of the beginning are not shown. seconds: computing time of all texts so far.
+    """
+
+    def __init__(self, hidden: int = 0):
+        self.hidden = hidden
+        self.history: History | None = None
+        self.seconds = 0.0
+        self.latest: list = []  # what the model gave last, if anything
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def filling(
+        self, states: Iterable[GenerationState], template: Tensor, tokenizer: Tokenizer
+    ) -> Iterator[GenerationState]:
+        """Pass on the states of `fill_masks` and show the first text. template: (T,) its ids at the start.
+
+        Raises ValueError if the texts differ in length.
+        """
+        window = None
+        for history in record_filling(self.tapped(states), template, tokenizer):
+            if self.latest:
+                window = current_window(self.latest[0], history) or window
+            self.show(history, window)
+            yield from self.latest
+        self.finish(tokenizer.decode(self.latest[0].texts[0][self.hidden :]))
+
+    def decoding(self, columns: Iterable[Tensor], model: GPT, prompt: Tensor, tokenizer: Tokenizer) -> Iterator[Tensor]:
+        """Pass on the columns of `autoregressive.decode` and show the first text. prompt: (T,) its ids."""
+        ids = [i for i in prompt.tolist() if i != START_ID]
+        columns = self.tapped(columns)
+        for history in record_decoding(columns, model, prompt, tokenizer):
+            self.show(history)
+            ids += [int(column[0]) for column in self.latest]
+            yield from self.latest
+        self.finish(tokenizer.decode(ids[self.hidden :]))
+        if self.latest and int(self.latest[0][0]) == PAD_ID:  # other texts are longer
+            yield from self.latest
+            yield from columns
+
+    def tapped(self, items: Iterable) -> Iterator:
+        """Pass the items on; `latest` holds the one that was passed on last."""
+        for item, self.seconds in timed(items):
+            self.latest = [item]
+            yield item
+
+    def show(self, history: History, window: range | None = None) -> None:
+        """The state of the text has changed. window: the positions that the network sees, if these are not all."""
+        self.history = history
+
+    def finish(self, text: str) -> None:
+        """The first text is complete."""
+
+
+class View(Recorder):
+    """A view of one text while it is written. On a terminal its finished text stays, if it is to.
 
     pause: seconds that a step stands at least. All steps together are delayed by PAUSES pauses at most, evenly.
     steps: how many steps there will be (GPT: the characters to write). None: from the masks, where there are any.
-    hidden: how many positions of the beginning are not shown.
 
-    `history` is what was shown. Whether to print the finished text: see `text_stands`.
+    Whether to print the finished text: see `text_stands`.
     """
 
-    def __init__(self, pause: float = PAUSE, steps: int | None = None, hidden: int = 0):
-        self.pause, self.steps, self.hidden = pause, steps, hidden
-        self.history: History | None = None
+    def __init__(self, pause: float = PAUSE, steps: int | None = None, hidden: int = 0, stays: bool = True):
+        super().__init__(hidden)
+        self.pause, self.steps, self.stays = pause, steps, stays
         self.delay_left = PAUSES * pause
         self.due = 0.0
         self.scroller = Scroller(hidden)
@@ -59,36 +117,6 @@ class View:
 
     def __exit__(self, *error) -> None:
         self.exits.__exit__(*error)
-
-    def filling(
-        self, states: Iterable[GenerationState], template: Tensor, tokenizer: Tokenizer
-    ) -> Iterator[GenerationState]:
-        """Pass on the states of `fill_masks` and show the first text. template: (T,) its ids at the start.
-
-        Raises ValueError if the texts differ in length.
-        """
-        latest: list[GenerationState] = []
-        window = None
-        for history in record_filling(tapped(states, latest), template, tokenizer):
-            if latest:
-                window = current_window(latest[0], history) or window
-            self.show(history, window)
-            yield from latest
-        self.finish(tokenizer.decode(latest[0].texts[0][self.hidden :]))
-
-    def decoding(self, columns: Iterable[Tensor], model: GPT, prompt: Tensor, tokenizer: Tokenizer) -> Iterator[Tensor]:
-        """Pass on the columns of `autoregressive.decode` and show the first text. prompt: (T,) its ids."""
-        latest: list[Tensor] = []
-        ids = [i for i in prompt.tolist() if i != START_ID]
-        columns = tapped(columns, latest)
-        for history in record_decoding(columns, model, prompt, tokenizer):
-            self.show(history)
-            ids += [int(column[0]) for column in latest]
-            yield from latest
-        self.finish(tokenizer.decode(ids[self.hidden :]))
-        if latest and int(latest[0][0]) == PAD_ID:  # other texts are longer
-            yield from latest
-            yield from columns
 
     def show(self, history: History, window: range | None = None) -> None:
         """Show the latest state. window: the positions that the network sees, if these are not all."""
@@ -137,9 +165,11 @@ class View:
         """Leave the finished text, which is `text`, on the screen."""
         if self.screen is None:
             return
+        self.wait()
+        if not self.stays:
+            return
         from rich.text import Text
 
-        self.wait()
         styled = styled_text(glyphs(self.history, self.hidden, settled=True))
         if styled.plain != printable(text):  # a character in several tokens: the cells cannot show it
             styled = Text(printable(text))
@@ -157,13 +187,6 @@ def legend(width: int) -> list:
     line = [part for word in words for part in (word, ("  ", ""))]
     line += [("confidence ", "dim"), *(("■", shade) for shade in SHADES)]
     return [styled_text(line)] if sum(len(part) for part, _ in line) <= width else []
-
-
-def tapped(items: Iterable, latest: list) -> Iterator:
-    """Pass the items on; `latest` holds the one that was passed on last."""
-    for item in items:
-        latest[:] = [item]
-        yield item
 
 
 def current_window(state: GenerationState, history: History) -> range | None:
@@ -184,13 +207,3 @@ def plain_line(history: History, hidden: int = 0, length: int = 400) -> str:
     parts = [OTHER_MASK if cell.token is None else glyph(cell, now)[0] for cell in history.cells[start:][:length]]
     dots = "…" if start > hidden else "", "…" if len(history.cells) - start > length else ""
     return f"{history.nfe:4} {dots[0]}{''.join(parts)}{dots[1]}".replace("\n", "⏎")
-
-
-def watch(states: Iterator[GenerationState], tokenizer: Tokenizer, pause: float = PAUSE) -> Iterator[GenerationState]:
-    """`View.filling` for states whose template is not at hand: what the first step did not write was given."""
-    first = next(states)
-    template = first.texts[0].clone()
-    revealed = first.step.revealed[0]
-    template[: len(revealed)][revealed] = MASK_ID
-    with View(pause) as view:
-        yield from view.filling(chain([first], states), template, tokenizer)

@@ -4,40 +4,51 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from autoregressive import beam_search
+from autoregressive import beam_search, decode
 from checkpoint import load_checkpoint, newest_checkpoint
+from generation.animation import write_gif
 from generation.chat import chat
 from generation.flags import (
     DEFAULTS,
-    TEMPLATES,
+    check_writable,
     checkpoint_file,
     decode_utf8,
+    is_template,
     make_beam_config,
     make_config,
     mode_of,
+    models_of,
     opening,
     read_prompt,
     refuse_masks,
     refuse_unused,
 )
+from generation.history import History
 from generation.infilling import (
     MASK_PATTERN,
     GenerationState,
+    completed_pieces,
     fill_masks,
     fill_template,
-    first_mask,
     parse_template,
     prompt_template,
 )
-from generation.live import watch
-from generation.text import Config, GeneratorTransformer, prompt_ids, stream_texts
+from generation.live import PAUSE, Recorder, View
+from generation.page import write_page
+from generation.race import race
+from generation.screen import text_stands
+from generation.text import Config, GeneratorTransformer, prompt_ids, stop_rule, stream_texts
+from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
 from utils.console import counted, progress, say, write
+from utils.counter import EvaluationCounter
 from utils.devices import pick_device
 from utils.errors import ArgumentError
 from utils.standard_input import read_input
@@ -48,7 +59,9 @@ NO_MASKS = "has nothing to write: mark one character as [MASK], n characters as 
 def write_as_asked(args: Namespace) -> None:
     """Load the model, check the flags and run the mode they ask for. A flag that was not given is None."""
     mode = mode_of(args)
-    writer = load(args)
+    check_writable(args)
+    writers = [load(args, name) for name in models_of(args, mode)]
+    writer = writers[0]
     refuse_unused(args, mode, writer.model)
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -60,19 +73,23 @@ def write_as_asked(args: Namespace) -> None:
     if args.compile:
         say("compiling; later runs reuse the result")
         writer.model.compile()
-    write_text = print_decoded if writer.model.causal else print_file if args.infill_file is not None else print_filled
-    modes = {"chat": answer_prompts, "top": print_next_tokens, "num_beams": print_beams, "text": write_text}
-    modes[mode](writer, args)
+    if mode == "race":
+        return print_race(writers, args)
+    modes = {"chat": answer_prompts, "top": print_next_tokens, "num_beams": print_beams}
+    modes.get(mode, text_mode(writer, args))(writer, args)
 
 
-def is_template(args: Namespace) -> bool:
-    """Whether a template is given, instead of a prompt."""
-    return any(getattr(args, name) is not None for name in TEMPLATES)
+def text_mode(writer: GeneratorTransformer, args: Namespace) -> Callable[[GeneratorTransformer, Namespace], None]:
+    """How to write texts."""
+    if args.infill_file is not None:
+        return print_file
+    if args.watch or args.html or args.gif:
+        return print_viewed
+    return print_decoded if writer.model.causal else print_filled
 
 
-def load(args: Namespace) -> GeneratorTransformer:
-    """The model that the flags ask for. Raises ValueError if there is none."""
-    name = "llada" if args.model is None and is_template(args) else args.model
+def load(args: Namespace, name: str | None) -> GeneratorTransformer:
+    """The model that the flags ask for, of kind `name` if it is given. Raises ValueError if there is none."""
     path = checkpoint_file(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out or "out", name)
     checkpoint = load_checkpoint(path, pick_device(args.device, float64=True))
     kind = checkpoint.model.name
@@ -89,7 +106,7 @@ def print_decoded(writer: GeneratorTransformer, args: Namespace) -> None:
     prompt = opening(args.prompt, writer.model, writer.tokenizer)
     pieces = stream(writer, [prompt] * args.num_samples, make_config(args, writer.model), args, args.seed)
     if args.num_samples == 1:
-        write(args.prompt)
+        write(shown_prompt(args, writer.model))
         characters = 0
         for [piece] in pieces:
             write(piece)
@@ -97,34 +114,32 @@ def print_decoded(writer: GeneratorTransformer, args: Namespace) -> None:
         write("\n")
     else:
         texts = ["".join(text) for text in zip(*pieces, strict=True)]
-        write_texts([args.prompt + text for text in texts])
+        write_texts([shown_prompt(args, writer.model) + text for text in texts])
         characters = sum(map(len, texts))
-    say_speed(characters, start)
+    say_speed(characters, time.perf_counter() - start)
 
 
 def stream(
-    writer: GeneratorTransformer, prompts: list[str], config: Config, args: Namespace, seed: int
+    writer: GeneratorTransformer, prompts: list[str], config: Config, args: Namespace, seed: int, history=()
 ) -> Iterator[list[str]]:
-    """The pieces of one text for each prompt."""
-    stop, length = args.stop or (), args.max_out_tokens
-    return stream_texts(writer.model, writer.tokenizer, prompts, config, max_out_tokens=length, seed=seed, stop=stop)
+    """The pieces of one text for each prompt. history: see `stream_texts`."""
+    arguments = {"max_out_tokens": args.max_out_tokens, "seed": seed, "stop": args.stop or (), "history": history}
+    return stream_texts(writer.model, writer.tokenizer, prompts, config, **arguments)
 
 
 def print_filled(writer: GeneratorTransformer, args: Namespace) -> None:
     """LLaDA: one text as it becomes complete from the left, or several at the end."""
     template, hidden = make_template(args, writer)
-    start, shown, config = time.perf_counter(), hidden, make_config(args, writer.model)
-    streaming = args.num_samples == 1 and not args.watch and config.remask is None
-    for state in viewed(fill(writer, args, [template] * args.num_samples), writer, args):
-        if streaming:
-            end = first_mask(state.texts[0], shown)
-            write(writer.tokenizer.decode(state.texts[0][shown:end]))
-            shown = end
-    texts = [text[hidden:] for text in state.texts]
-    if streaming:
-        texts[0] = state.texts[0][shown:]
-    write_texts([writer.tokenizer.decode(text) for text in texts])
-    say_speed(args.num_samples * int((template == MASK_ID).sum()), start, state.nfe)
+    start, at_end, n = time.perf_counter(), make_config(args, writer.model).remask is not None, args.num_samples
+    given, texts = writer.tokenizer.decode(template[hidden:][template[hidden:] != MASK_ID]), [""] * n
+    with EvaluationCounter(writer.model) as counter:
+        states = fill(writer, args, [template] * n)
+        for pieces in completed_pieces(states, writer.tokenizer, [hidden] * n, at_end):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            if n == 1:
+                write(pieces[0])
+    write_texts([""] if n == 1 else texts)
+    say_speed(sum(len(text) - len(given) for text in texts), time.perf_counter() - start, counter.nfe)
 
 
 def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor, int]:
@@ -134,8 +149,8 @@ def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor
     """
     if args.infill is None:
         prompt = opening(args.prompt, writer.model, writer.tokenizer)
-        template = prompt_template(prompt, args.max_out_tokens, writer.tokenizer)
-        return template, 0 if prompt == args.prompt else len(template) - args.max_out_tokens
+        template, given = prompt_template(prompt, args.max_out_tokens, writer.model, writer.tokenizer)
+        return template, 0 if prompt == shown_prompt(args, writer.model) else given
     template = parse_template(args.infill, writer.tokenizer)
     if not (template == MASK_ID).any():
         raise ArgumentError("infill", NO_MASKS)
@@ -145,14 +160,8 @@ def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor
 def fill(writer: GeneratorTransformer, args: Namespace, templates: list[Tensor]) -> Iterator[GenerationState]:
     """The states of `fill_masks` with the settings and the seed of the flags."""
     generator = torch.Generator().manual_seed(args.seed)
-    return fill_masks(writer.model, templates, make_config(args, writer.model), generator=generator)
-
-
-def viewed(
-    states: Iterator[GenerationState], writer: GeneratorTransformer, args: Namespace
-) -> Iterator[GenerationState]:
-    """The states, shown as they come in the view that a flag of VIEWS asks for, if any."""
-    return watch(states, writer.tokenizer) if args.watch else states
+    config, may_end = make_config(args, writer.model), not is_template(args)
+    return fill_masks(writer.model, templates, config, generator=generator, may_end=may_end)
 
 
 def print_file(writer: GeneratorTransformer, args: Namespace) -> None:
@@ -176,7 +185,7 @@ def print_file(writer: GeneratorTransformer, args: Namespace) -> None:
         write(filled)
     else:
         sys.stdout.buffer.write(filled.encode())
-    say_speed(total, start, state.nfe)
+    say_speed(total, time.perf_counter() - start, state.nfe)
 
 
 def write_texts(texts: Sequence[str], name: str = "sample") -> None:
@@ -187,35 +196,130 @@ def write_texts(texts: Sequence[str], name: str = "sample") -> None:
         write(text, end="\n")
 
 
-def say_speed(characters: int, start: float, nfe: int | None = None) -> None:
-    """What was written since `start` and how fast, on standard error."""
-    seconds = time.perf_counter() - start
+def say_speed(characters: int, seconds: float, nfe: int | None = None) -> None:
+    """What was written and how fast, on standard error."""
     evaluations = "" if nfe is None else f", {counted(nfe, 'network evaluation')}"
     say(f"{counted(characters, 'character')} in {seconds:.2f} s: {characters / seconds:.0f} characters/s{evaluations}")
 
 
+# ------------------------------------------------------------------------------------------------- views
+def print_viewed(writer: GeneratorTransformer, args: Namespace) -> None:
+    """--watch, --html, --gif: the texts at the end; the first of them is shown or kept step by step."""
+    model, tokenizer, n = writer.model, writer.tokenizer, args.num_samples
+    ids, hidden = beginning(writer, args)
+    view = Recorder(hidden)
+    if args.watch:
+        steps, pause = args.max_out_tokens if model.causal else None, PAUSE if args.pause is None else args.pause
+        view = View(pause, steps, hidden, stays=n == 1)
+    with view:
+        if model.causal:
+            columns = list(follow(writer, args, ids, view))
+            nfe, tails = len(columns), [tokenizer.decode(row) for row in torch.stack(columns, 1).cpu()]
+            characters, texts = sum(map(len, tails)), [shown_prompt(args, model) + tail for tail in tails]
+        else:
+            [state] = deque(follow(writer, args, ids, view), maxlen=1)
+            nfe, written = state.nfe, [text[ids == MASK_ID] for text in state.texts]
+            characters = sum(len(tokenizer.decode(text)) for text in written)
+            texts = [tokenizer.decode(text[hidden:]) for text in state.texts]
+    if not (args.watch and n == 1 and text_stands()):
+        write_texts(texts)
+    say_speed(characters, view.seconds, nfe)
+    save_views(args, [view.history])
+
+
+def print_race(writers: Sequence[GeneratorTransformer], args: Namespace) -> None:
+    """--race: each model writes alone; then all are replayed side by side."""
+    args.num_samples = 1
+    ids, hidden = zip(*(beginning(writer, args) for writer in writers), strict=True)
+
+    def run(writer: GeneratorTransformer, ids: Tensor) -> Iterator[History]:
+        recorder = Recorder()
+        for _ in follow(writer, args, ids, recorder):
+            yield recorder.history
+
+    histories = race([partial(run, *pair) for pair in zip(writers, ids, strict=True)], hidden)
+    if not text_stands():
+        for history, writer, n in zip(histories, writers, hidden, strict=True):
+            written = [writer.tokenizer.char_to_id[cell.token] for cell in history.cells[n:]]
+            write(f"--- {history.label} ---\n{writer.tokenizer.decode(written)}\n")
+    save_views(args, histories)
+
+
+def beginning(writer: GeneratorTransformer, args: Namespace) -> tuple[Tensor, int]:
+    """What a text begins with: (T,) ids, LLaDA's with masks; and how many positions of it are not to be printed."""
+    if not writer.model.causal:
+        return make_template(args, writer)
+    prompt = opening(args.prompt, writer.model, writer.tokenizer)
+    ids = prompt_ids(writer.model, writer.tokenizer, prompt)
+    return ids, 0 if prompt == shown_prompt(args, writer.model) else len(ids) - 1  # the first [START] has no position
+
+
+def shown_prompt(args: Namespace, model: Transformer) -> str:
+    """The part of the text that --prompt gives. A model of pairs answers with the completion alone."""
+    return "" if model.config.segments == "pairs" else args.prompt
+
+
+def follow(
+    writer: GeneratorTransformer, args: Namespace, ids: Tensor, view: Recorder
+) -> Iterator[Tensor] | Iterator[GenerationState]:
+    """Write texts that begin with ids (T,) and show the first in a view: columns of tokens (GPT) or states (LLaDA)."""
+    model, tokenizer = writer.model, writer.tokenizer
+    if not model.causal:
+        return view.filling(fill(writer, args, [ids] * args.num_samples), ids, tokenizer)
+    columns = decode(
+        model,
+        [ids] * args.num_samples,
+        make_config(args, model),
+        max_out_tokens=args.max_out_tokens,
+        generator=torch.Generator().manual_seed(args.seed),
+        stop=stop_rule(args.stop or (), tokenizer),
+    )
+    return view.decoding(columns, model, ids, tokenizer)
+
+
+def save_views(args: Namespace, histories: Sequence[History]) -> None:
+    """Write the files of --html and --gif."""
+    beginning = (args.infill or args.prompt or "").strip().partition("\n")[0]
+    title = " and ".join(history.label for history in histories) + (f": {beginning:.60}" if beginning else "")
+    if args.html is not None:
+        write_page(args.html, histories, title)
+        say(f"wrote {args.html}: open it in a browser")
+    if args.gif is not None:
+        write_gif(args.gif, histories)
+        say(f"wrote {args.gif}")
+
+
 # ------------------------------------------------------------------------------------------------- other modes
 def answer_prompts(writer: GeneratorTransformer, args: Namespace) -> None:
-    """--chat. Each turn has its own seed."""
-    config = make_config(args, writer.model)
+    """--chat. Each turn has its own seed. A model of pairs sees the conversation, others only the latest prompt."""
+    config, answers = make_config(args, writer.model), writer.model.config.segments == "pairs"
+    history: list[tuple[str, str]] = []
 
     def answer(prompt: str, turn: int) -> Iterator[str]:
         refuse_masks(prompt)
-        return (piece for [piece] in stream(writer, [prompt], config, args, args.seed + turn))
+        pieces = stream(writer, [prompt], config, args, args.seed + turn, history)
+        return remembered(prompt, pieces) if answers else (piece for [piece] in pieces)
+
+    def remembered(prompt: str, pieces: Iterator[list[str]]) -> Iterator[str]:
+        history.append((prompt, ""))
+        for [piece] in pieces:
+            history[-1] = prompt, history[-1][1] + piece
+            yield piece
 
     answer("", 0)  # raises now for settings that no turn would accept
-    chat(answer)
+    chat(answer, answers)
 
 
 def print_beams(writer: GeneratorTransformer, args: Namespace) -> None:
     """The best texts of a beam search; their scores on standard error."""
     config = make_beam_config(args, writer.model)
     prompt = opening(args.prompt, writer.model, writer.tokenizer)
-    ids = prompt_ids(writer.tokenizer, prompt)
+    ids = prompt_ids(writer.model, writer.tokenizer, prompt)
     found = beam_search(writer.model, ids, config, max_out_tokens=args.max_out_tokens)
     for rank, (_, score) in enumerate(found, 1):
         say(f"beam {rank}: score {score:.4f}")
-    write_texts([args.prompt + writer.tokenizer.decode(text[len(ids) :].cpu()) for text, _ in found], "beam")
+    beginning = shown_prompt(args, writer.model)
+    write_texts([beginning + writer.tokenizer.decode(text[len(ids) :].cpu()) for text, _ in found], "beam")
 
 
 def print_next_tokens(writer: GeneratorTransformer, args: Namespace) -> None:
@@ -225,8 +329,11 @@ def print_next_tokens(writer: GeneratorTransformer, args: Namespace) -> None:
     """
     text = args.prompt if args.infill is None else args.infill
     if writer.model.causal:
-        ids = prompt_ids(writer.tokenizer, text)
+        ids = prompt_ids(writer.model, writer.tokenizer, text)
         tables = {"": writer.next_tokens(text, args.top, args.context_len)}
+    elif args.infill is None and not MASK_PATTERN.search(text):
+        ids, _ = prompt_template(text, 1, writer.model, writer.tokenizer)
+        tables = {f"[MASK] at position {len(ids) - 1}": writer.next_tokens(text, args.top)}
     else:
         template = text if MASK_PATTERN.search(text) else text + "[MASK]"
         ids = parse_template(template, writer.tokenizer)

@@ -23,14 +23,14 @@ DIVIDER = " │ "
 Run = Callable[[], Iterator[History]]  # starts to write: record_filling(...) or record_decoding(...), with its own seed
 
 
-def race(runs: Sequence[Run], hidden: int = 0) -> list[History]:
+def race(runs: Sequence[Run], hidden: Sequence[int] | None = None) -> list[History]:
     """Measure each run alone, replay all together on standard error, and return their histories.
 
     Each run is called twice: for a few steps that warm the model up, and to be measured. hidden: how many positions of
-    the beginning are not shown. On a terminal the texts stay, elsewhere only a summary is printed; whether to print the
-    texts: see `screen.text_stands`.
+    the beginning of each are not shown. On a terminal the texts stay, elsewhere only a summary is printed; whether to
+    print the texts: see `screen.text_stands`.
     """
-    histories = []
+    histories, hidden = [], hidden or [0] * len(runs)
     for run in runs:
         with closing(run()) as warm_up:
             for _ in islice(warm_up, WARM_UP_STEPS + 1):
@@ -69,12 +69,12 @@ def pace(factor: float) -> str:
     return f"{factor:g} times slower" if factor > 1 else f"{1 / factor:g} times faster"
 
 
-def replay(screen: Screen, histories: Sequence[History], hidden: int) -> None:
+def replay(screen: Screen, histories: Sequence[History], hidden: Sequence[int]) -> None:
     """Show the histories grow on a common clock."""
     end = max(history.seconds for history in histories)
     factor = slowdown(end)
     shown = [History(history.label, history.start) for history in histories]
-    scrollers = [Scroller(hidden) for _ in histories]
+    scrollers = [Scroller(n) for n in hidden]
     start = time.monotonic()
 
     def lines(width: int, height: int) -> list:
@@ -132,12 +132,12 @@ def arranged(panes: Sequence[Sequence], columns: int, width: int) -> list:
     return rows
 
 
-def finished(histories: Sequence[History], hidden: int, width: int) -> list:
+def finished(histories: Sequence[History], hidden: Sequence[int], width: int) -> list:
     """What stays of the race: the titles and the whole texts, as lines of rich Text."""
     columns = columns_of(width, len(histories))
     panes = [
-        [title(h, h, h.seconds, columns), *map(styled_text, wrapped(glyphs(h, hidden, settled=True), columns)[0])]
-        for h in histories
+        [title(h, h, h.seconds, columns), *map(styled_text, wrapped(glyphs(h, n, settled=True), columns)[0])]
+        for h, n in zip(histories, hidden, strict=True)
     ]
     return arranged(panes, columns, width)
 

@@ -5,6 +5,7 @@ A model of segments ends its texts itself. A model of pairs reads a prompt and w
 The arguments have the same names everywhere:
     max_out_tokens: tokens (with a tokenizer of characters: characters) to write after each prompt, at most.
     seed: the same seed gives the same text.
+    history: for a model of pairs, the earlier (prompt, completion)s of a conversation, see `infilling.given_ids`.
     stop: a string, or several: GPT ends a text after the first of them, which stays part of it.
     settings: fields of autoregressive.DecodingConfig (GPT) or sampler.SamplingConfig (LLaDA): temperature, top_k,
         top_p, repetition_penalty, slide; GPT also context_len; LLaDA also steps, order, schedule, block_length, ...
@@ -13,7 +14,7 @@ A setting that the model does not have raises TypeError. Bad values and unknown 
 ArgumentError where it names an argument), at the call and before anything is written.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from autoregressive import DecodingConfig, SlidingContext, beam_search, decode
 from checkpoint import load_checkpoint
 from generation.infilling import (
+    answer_room,
     completed_pieces,
     fill_masks,
     given_ids,
@@ -74,6 +76,7 @@ def stream_texts(
     max_out_tokens: int = MAX_OUT_TOKENS,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    history: Sequence[tuple[str, str]] = (),
     **settings,
 ) -> Iterator[list[str]]:
     """Yield the next piece of each text as it is written, without the prompts; "" where there is none.
@@ -83,23 +86,21 @@ def stream_texts(
     """
     config = config_for(model, config, settings)
     stops = [stop] if isinstance(stop, str) else list(stop)
-    if "" in stops:
-        raise ArgumentError("stop", "must not be an empty string")
     generator = torch.Generator().manual_seed(seed)
     if not model.causal:
         if stops:
             raise ArgumentError("stop", "needs a GPT model: LLaDA does not write from left to right")
-        templates = [prompt_template(prompt, max_out_tokens, model, tokenizer) for prompt in prompts]
+        templates = [prompt_template(prompt, max_out_tokens, model, tokenizer, history) for prompt in prompts]
         states = fill_masks(model, [ids for ids, _ in templates], config, generator=generator, may_end=True)
         given = [length for _, length in templates]
         return completed_pieces(states, tokenizer, given, at_end=config.remask is not None)
     columns = decode(
         model,
-        [prompt_ids(model, tokenizer, prompt) for prompt in prompts],
+        [prompt_ids(model, tokenizer, prompt, history, answer_room(model, max_out_tokens)) for prompt in prompts],
         config,
         max_out_tokens=max_out_tokens,
         generator=generator,
-        stop=partial(ends_in, stops, tokenizer) if stops else None,
+        stop=stop_rule(stops, tokenizer),
     )
     return decoded_pieces(columns, tokenizer, len(prompts))
 
@@ -109,7 +110,9 @@ def decoded_pieces(columns: Iterable[Tensor], tokenizer: Tokenizer, count: int) 
     decoders = [StreamDecoder(tokenizer) for _ in range(count)]
     for column in columns:
         yield [decoder.push([token]) for decoder, token in zip(decoders, column.tolist(), strict=True)]
-    yield [decoder.flush() for decoder in decoders]
+    last = [decoder.flush() for decoder in decoders]
+    if any(last):
+        yield last
 
 
 def infill(
@@ -152,9 +155,16 @@ def config_for(model: Transformer, config: Config | None, settings: dict) -> Con
     return DecodingConfig(**settings) if model.causal else text_sampling(**settings)
 
 
-def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """(T,) ids for GPT: [START] opens every text. Raises ValueError as `given_ids` does."""
-    return F.pad(given_ids(prompt, model, tokenizer), (1, 0), value=START_ID)
+def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str, history=(), room: int = 1) -> Tensor:
+    """(T,) ids for GPT: [START] opens every text. history, room, and what is raised: see `infilling.given_ids`."""
+    return F.pad(given_ids(prompt, model, tokenizer, history, room), (1, 0), value=START_ID)
+
+
+def stop_rule(stops: Sequence[str], tokenizer: Tokenizer) -> Callable[[list[int]], bool] | None:
+    """The rule `stop` of `decode` that ends a text after any of the strings. Raises ArgumentError for an empty one."""
+    if "" in stops:
+        raise ArgumentError("stop", "must not be an empty string")
+    return partial(ends_in, stops, tokenizer) if stops else None
 
 
 def ends_in(strings: Sequence[str], tokenizer: Tokenizer, written: list[int]) -> bool:

@@ -23,6 +23,7 @@ from checkpoint import Checkpoint, save_checkpoint
 from generation import GeneratorTransformer, generate_text, generate_texts, infill, stream_texts
 from generation.flags import DEFAULTS, opening
 from generation.infilling import fill_masks, parse_template, text_sampling
+from generation.live import PAUSE, PAUSES
 from model import MODELS, ModelConfig
 from sampler import REMASKERS
 from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
@@ -281,6 +282,7 @@ def test_blocks_get_16_evaluations_each(call):
     assert notes.endswith("24 network evaluations\n")  # 16 for the first block, 8 for the half that is left
 
 
+# ------------------------------------------------------------------------------------------------- views
 def test_watching_shows_every_step_and_changes_nothing(call):
     arguments = ["--model", "llada", "--prompt", "RO", "--length", 16, "--steps", 4]
     _, text, _ = call(*arguments)
@@ -289,6 +291,51 @@ def test_watching_shows_every_step_and_changes_nothing(call):
     assert watched == text
     assert [step.count("·") for step in steps] == [12, 8, 4, 0]
     assert steps[-1].replace("⏎", "\n") == text.strip("\n")
+
+
+@pytest.mark.parametrize("name", ["gpt", "llada"])
+@pytest.mark.parametrize("flags", [["--prompt", "ROMEO:"], [], ["--num-samples", 2]], ids=str)
+def test_views_do_not_change_the_texts_of_either_model(folder, call, name, flags):
+    arguments = ["--model", name, "--length", 30, *flags]
+    _, text, plain = call(*arguments)
+    code, viewed, notes = call(*arguments, "--watch", "--pause", 0, "--html", "a.html", "--gif", "a.gif")
+    assert (code, viewed) == (0, text)
+    nfe = 30 if name == "gpt" else int(re.search(r"(\d+) network evaluations", plain)[1])
+    assert len([line for line in notes.splitlines() if line[:4].strip().isdigit()]) == nfe
+    assert f"{nfe} network evaluations" in notes
+    assert "wrote a.html" in notes
+    assert (folder / "a.gif").read_bytes().startswith(b"GIF8")
+    page = (folder / "a.html").read_text("utf-8")
+    title = {"gpt": "GPT", "llada": "LLaDA"}[name] + (": ROMEO:" if "--prompt" in flags else "")
+    assert f'"title":"{title}"' in page
+
+
+def test_a_watched_text_ends_with_its_stop_string(call):
+    flags = ["--prompt", "ROMEO:", "--length", 60, "--stop"]
+    stop = call("--prompt", "ROMEO:", "--length", 60)[1][20:22]
+    assert call(*flags, stop, "--watch", "--pause", 0)[1] == call(*flags, stop)[1]
+
+
+def test_a_race_is_the_texts_of_both_models_and_says_which(folder, call):
+    flags = ["--prompt", "ROMEO:", "--length", 30, "--seed", 3]
+    code, text, notes = call("--race", *flags, "--steps", 4, "--html", "race.html")
+    texts = [call("--model", "llada", *flags, "--steps", 4)[1], call("--model", "gpt", *flags)[1]]
+    assert (code, text) == (0, f"--- LLaDA ---\n{texts[0]}--- GPT ---\n{texts[1]}")
+    assert "out/llada/last.pt: llada" in notes
+    assert "out/gpt/last.pt: gpt" in notes
+    assert '"title":"LLaDA and GPT: ROMEO:"' in (folder / "race.html").read_text("utf-8")
+    assert call("--race", "--length", 30)[1].startswith("--- LLaDA ---\n")  # the hidden newline is not printed
+    assert len(call("--race", "--length", 30)[1]) == len("--- LLaDA ------ GPT ---") + 2 * 31 + 2
+    shutil.rmtree(folder / "out/gpt")
+    assert "no checkpoint" in call("--race")[2]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_generated(folder, call):
+    for path in ("nowhere/a.html", "out"):
+        for flag in ("--html", "--gif"):
+            code, text, notes = call(flag, path)
+            assert (code, text) == (2, "")
+            assert [f"{flag} {path}: cannot be written" in line for line in notes.splitlines()] == [True]
 
 
 # ------------------------------------------------------------------------------------------------- files, pipes
@@ -447,6 +494,7 @@ def test_the_defaults_in_the_help_are_those_of_the_settings():
     for name, value in (defaults | DEFAULTS).items():
         assert f"(default: {value:g})" in shown[name]
     assert f"(default: {text_sampling().schedule})" in shown["schedule"]
+    assert f"(default: {PAUSE:g}; all steps of a text at most {PAUSES} times as long)" in shown["pause"]
 
 
 def test_help_needs_no_torch(folder, command):
@@ -497,6 +545,16 @@ def test_help_needs_no_torch(folder, command):
         (["--device", "cuda:99"], "--device cuda:99: not available on this machine"),
         (["--model", "llada", "--schedule", "fast"], "'fast' is not uniform, cosine, ancestral or counts"),
         (["--model", "llada", "--chat", "--watch"], "--watch has no effect with --chat"),
+        (["--top", 3, "--html", "a.html"], "--html has no effect with --top"),
+        (["--beams", 3, "--gif", "a.gif"], "--gif has no effect with --beams"),
+        (["--pause", 1], "--pause needs --watch"),
+        (["--race", "--chat"], "not allowed with argument"),
+        (["--race", "--model", "gpt"], "--model has no effect with --race, which takes the newest of each kind"),
+        (["--race", "--checkpoint", "out/gpt"], "--checkpoint has no effect with --race"),
+        (["--race", "--infill", "[MASK]"], "--infill has no effect with --race"),
+        (["--race", "--num-samples", 2], "--num-samples has no effect with --race"),
+        (["--race", "--watch"], "--watch has no effect with --race"),
+        (["--infill-file", "plain.txt", "--html", "a.html"], "--html has no effect with --infill-file"),
         (["--top", 3, "--length", 4], "--length has no effect with --top"),
         (["--chat", "--prompt", "a"], "--prompt has no effect with --chat"),
         (["--prompt", "a [MASK*5]"], "--prompt is read literally, [MASK*5] too: give the whole text to --infill"),

@@ -17,7 +17,7 @@ from autoregressive import decode
 from generation import live, race, screen
 from generation.history import Cell, Frame, History, Status, record_filling
 from generation.infilling import fill_masks, prompt_template, window_starts
-from generation.live import PAUSE, PAUSES, View, watch
+from generation.live import PAUSE, PAUSES, View
 from generation.screen import NEWLINE, Scroller, glyph, glyphs, text_stands, wrapped
 from generation.text import prompt_ids
 from model import MODELS, ModelConfig
@@ -203,7 +203,8 @@ def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, leng
 
 
 def test_a_view_changes_nothing_and_shows_the_windows_of_a_long_text():
-    model, template = random_model("llada"), prompt_template("abc", 40, TOKENIZER)
+    model = random_model("llada")
+    template = prompt_template("abc", 40, model, TOKENIZER)[0]
     expected = [state.texts[1].clone() for state in fill_masks(model, [template] * 2, generator=generator())]
     seen, windows = [], []
     with View(pause=0) as view:
@@ -218,18 +219,9 @@ def test_a_view_changes_nothing_and_shows_the_windows_of_a_long_text():
     assert [cell.token for cell in view.history.cells] == list(TOKENIZER.decode(state.texts[0]))
 
 
-def test_watching_finds_the_template_and_passes_the_states_on(capsys):
-    model, template = random_model("llada"), prompt_template("ab", 6, TOKENIZER)
-    *_, state = watch(fill_masks(model, [template], generator=generator()), TOKENIZER)
-    *_, expected = fill_masks(model, [template], generator=generator())
-    assert torch.equal(state.texts[0], expected.texts[0])
-    first = capsys.readouterr().err.splitlines()[0]
-    assert re.fullmatch(r" {3}1 ab(·.*·|·····.|.·····)", first)
-
-
 def test_decoding_passes_all_columns_on_even_if_the_first_text_ends(capsys):
     model = random_model("gpt")
-    prompts = [prompt_ids(TOKENIZER, prompt) for prompt in ("ab", "c")]
+    prompts = [prompt_ids(model, TOKENIZER, prompt) for prompt in ("ab", "c")]
 
     def columns():
         for n, column in enumerate(decode(model, prompts, max_out_tokens=9, generator=generator())):
@@ -270,7 +262,8 @@ def test_the_view_fits_the_screen(size):
 
 # ------------------------------------------------------------------------------------------------- the terminal
 def test_the_finished_text_stands_once_at_the_end_of_the_terminal(terminal):
-    model, template = random_model("llada"), prompt_template("a\x1bb\n", 60, TOKENIZER)
+    model = random_model("llada")
+    template = prompt_template("a\x1bb\n", 60, model, TOKENIZER)[0]
     with terminal() as output:
         assert text_stands()
         with View(pause=0.01) as view:
@@ -334,7 +327,7 @@ def test_a_replay_keeps_the_common_clock_and_ends_with_both_texts(clock, size):
     histories = [written_history("ab", "LLaDA", seconds=0.1), written_history("xyz" * 5, "GPT", seconds=0.1)]
     fake = FakeScreen()
     fake.size = size
-    race.replay(fake, histories, hidden=0)
+    race.replay(fake, histories, [0, 0])
     assert clock[0] == pytest.approx(1.5 * race.slowdown(1.5), abs=0.1)
     assert clock[0] <= race.REPLAY_SECONDS + 0.1
     for lines in fake.drawn:
@@ -345,13 +338,14 @@ def test_a_replay_keeps_the_common_clock_and_ends_with_both_texts(clock, size):
     assert re.search(r"GPT · 0.7\d s · 7 ", middle)
     assert "times slower" in middle
     assert "each measured alone" in middle
-    end = "\n".join(plain(race.finished(histories, 0, size[0])))
+    end = "\n".join(plain(race.finished(histories, [0, 0], size[0])))
     assert all(word in end for word in ("ab", "xyz" * 5, "GPT ✓ · 1.50 s · 15 "))
 
 
 def test_a_race_on_a_terminal_leaves_both_texts(terminal, monkeypatch):
     monkeypatch.setattr(race, "REPLAY_SECONDS", 0.3)
-    model, template = random_model("llada"), prompt_template("ab", 20, TOKENIZER)
+    model = random_model("llada")
+    template = prompt_template("ab", 20, model, TOKENIZER)[0]
 
     def run(label):
         return record_filling(fill_masks(model, [template], generator=generator()), template, TOKENIZER, label)
