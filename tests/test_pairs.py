@@ -92,7 +92,7 @@ def test_metrics_by_hand():
     assert metrics["exact_match"] == 50
     # n-gram matches of both texts: 5 + 4 of 6 + 4, 3 + 3 of 5 + 3, 2 + 2 of 4 + 2, 1 + 1 of 3 + 1; equal lengths
     assert metrics["bleu"] == pytest.approx(100 * (9 / 10 * 6 / 8 * 4 / 6 * 2 / 4) ** 0.25)
-    assert metrics["rouge_l"] == pytest.approx(100 * (5 / 6 + 1) / 2)  # "the cat sat on mat": 5 of 6 words on both sides
+    assert metrics["rouge_l"] == pytest.approx(100 * (5 / 6 + 1) / 2)  # "the cat sat on mat": 5 of 6 words
     # chrF of "ab" for "ac": unigrams 1 of 2 on both sides, bigrams 0 of 1; orders above 2 do not exist
     assert text_metrics(["ab"], ["ac"])["chrf"] == pytest.approx(25)
     perfect = text_metrics(["one two three four"], ["one two three four"])
