@@ -86,6 +86,8 @@ class Corpus:
 
     def check_part(self, part: Tensor | list, purpose: str, block_size: int, segments: str) -> None:
         """Raise ValueError if a part of the text is shorter than one row."""
+        if segments == PAIRS and not part:
+            raise ValueError(f"there is no pair to {purpose} on: use more pairs or another --val-fraction")
         if len(part) < (block_size if segments == "window" else 1):
             raise ValueError(
                 f"{len(part)} tokens to {purpose} on are too few for one window of {block_size}: use a longer "
@@ -421,8 +423,6 @@ def pair_rows(pairs: list[Pair], tokenizer: Tokenizer, seq_length: int) -> RowDa
 
     Raises ValueError for a pair that is longer than seq_length.
     """
-    if not pairs:
-        raise ValueError("there are no pairs in one of the parts: use more pairs or another --val-fraction")
     rows = [
         [*tokenizer.encode(pair.prompt).tolist(), START_ID, *tokenizer.encode(pair.completion).tolist(), END_ID]
         for pair in pairs

@@ -130,6 +130,8 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
             raise ValueError(f"--{name.replace('_', '-')}: the vanilla network has no n-gram tables; drop it")
     if args.vocab_size and args.tokenizer != "bpe":
         raise ArgumentError("vocab_size", "needs --tokenizer bpe")
+    if args.pairs and args.segments:
+        raise ArgumentError("segments", "has no effect with --pairs: drop it")
     if args.pairs:
         settings["segments"] = "pairs"
     if base is not None:
@@ -154,6 +156,8 @@ def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoi
         raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
     preset = fine_tuning_preset(args.model, bool(args.lora_rank))
     kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout")}
+    if network.segments != "pairs":
+        kept["segments"] = network.segments
     return replace(preset, **(kept | settings))
 
 
@@ -223,6 +227,8 @@ def train(args: argparse.Namespace, start: float) -> None:
     from utils.devices import pick_device, tune_cpu
     from utils.processes import Processes
 
+    if args.export and args.export.is_dir():
+        raise ArgumentError("export", f"{args.export} is a folder: name a file")
     tune_cpu()
     processes = Processes(pick_device(args.device))
     with processes.joined(), deferred_interrupt() as stopping:

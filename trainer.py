@@ -497,7 +497,8 @@ def summarize(trainer: Trainer, session: dict[str, float]) -> dict:
         **session,
         "nats_per_char": result.nats_per_char,
         "ci95": list(result.ci95) if math.isfinite(result.ci95[0]) else None,  # None: one window has no interval
-        "is_bound": result.is_bound,
+        # Other tokens could spell the text too, so that of its encoding is a bound for the text.
+        "is_bound": result.is_bound or not isinstance(trainer.corpus.tokenizer, SimpleTokenizer),
         "chars": int(result.characters.sum()),
         "fine_tuning": fine_tuning,
     }
