@@ -59,6 +59,15 @@ class Corpus:
     mapping: mmap.mmap | None = None  # where `ids` are, if they are memory-mapped
     pairs: list[Pair] | None = None
 
+    @property
+    def characters(self) -> int:
+        """Characters of the text; of pairs, of all prompts and completions."""
+        if self.pairs is not None:
+            return sum(len(pair.prompt) + len(pair.completion) for pair in self.pairs)
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return len(self.ids)
+        return int(self.tokenizer.characters_per_token[self.ids.numpy()].sum())
+
     def forget_pages(self) -> None:
         """Drop the pages of a memory-mapped text from resident memory, where every window read leaves some."""
         if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
