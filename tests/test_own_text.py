@@ -108,7 +108,7 @@ def test_adapters_are_trained_alone_and_saved_alone_or_merged(train, model):
         ("--tokenizer none.json", "none.json: No such file"),
         ("--tokenizer plays.txt", "plays.txt: cannot be used as a tokenizer"),
         ("--init-from none.pt", "none.pt: no such checkpoint"),
-        ("--init-from plays.txt", "plays.txt: not a readable checkpoint"),
+        ("--init-from plays.txt", "plays.txt: its content does not match its SHA-256"),
         ("--lora-rank 8", "--lora-rank needs a model to adapt"),
         ("--lora-rank 0", "--lora-rank: must be at least 1"),
         ("--pairs pairs.jsonl", "--data is not read with a file of pairs"),
