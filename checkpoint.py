@@ -7,18 +7,22 @@ import itertools
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from model import MODELS, ModelConfig, Transformer, adapt, lora_state, merge_lora
+from model import MODELS, ModelConfig, Transformer, adapt, least_bytes, lora_state, merge_lora
 from tokenizer import Tokenizer, tokenizer_from_dict
 from utils.console import say
-from utils.devices import pick_device
-from utils.files import atomic_write, sha256_of
+from utils.devices import memory_problem, pick_device
+from utils.files import atomic_write, check_seal, seal, sha256_of
 
 FORMAT = 2
+ENTRIES = {  # of the dictionary in a file, and their types
+    **{"format": int, "name": str, "config": dict, "base": dict | None, "model": dict, "tokenizer": dict},
+    **{"corpus": dict, "step": int, "history": list, "training": dict},
+}
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the project: NAME.pt
 
 
@@ -63,8 +67,12 @@ def write_state(
     config: ModelConfig | None = None,
     base: dict | None = None,
 ) -> None:
-    """Write a checkpoint's file with these weights and this training state."""
+    """Write a checkpoint's file with these weights and this training state, and its hash at the end.
+
+    Raises ValueError for weights that are not finite, and OSError.
+    """
     path = Path(path)
+    check_finite(path, weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "format": FORMAT,
@@ -79,7 +87,16 @@ def write_state(
         "training": training,
     }
     with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+        seal(temporary)
+
+
+def check_finite(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError, naming the file and the weight, for a weight that is NaN or infinite."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -97,27 +114,24 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read what `save_checkpoint` wrote; the model is on `device`, in eval mode.
 
-    Raises ValueError that names the file if it is missing, broken or no checkpoint of this project, and ArgumentError
+    Raises ValueError that names the file if it is missing, damaged or no checkpoint of this project, and ArgumentError
     for a device that this machine does not have.
     """
     device, path = pick_device(str(device)), Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint; train one with `python train.py`")
+    state = read_state(path)
+    base = merged_base(path, state["base"]) if state["base"] else None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a truncated or foreign file
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}): train it again") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("name") not in MODELS:
-        raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
-    model = adapted_base(path, state) if state["base"] else None
-    try:
-        model = model or MODELS[state["name"]](ModelConfig(**state["config"]))
-        model.load_state_dict(model.state_dict() | state["model"] if state["base"] else state["model"])
-    except (TypeError, RuntimeError):  # other fields or weights
-        raise ValueError(f"{path}: made by another version of the network: train it again") from None
+        config, tokenizer = ModelConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
+        check_sizes(state, config, tokenizer)
+        model = MODELS[state["name"]](config) if base is None else adapt(base, config)
+        kept = {} if base is None else model.state_dict().keys() - lora_state(model).keys()
+        model.load_state_dict({name: model.state_dict()[name] for name in kept} | state["model"])
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:  # other fields, sizes, weights or tokenizer
+        problem = " ".join(str(error).split())[:200]  # torch's are several lines
+        raise ValueError(f"{path}: of another version of the network ({problem}): train it again") from None
     return Checkpoint(
         model=model.to(device).eval(),
-        tokenizer=tokenizer_from_dict(state["tokenizer"]),
+        tokenizer=tokenizer,
         corpus=state["corpus"],
         step=state["step"],
         history=state["history"],
@@ -126,15 +140,48 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     )
 
 
-def adapted_base(path: Path, state: dict) -> Transformer:
-    """The model that the adapters in `state` were trained on, with fresh ones. Raises ValueError if it is not there."""
-    base = state["base"]
+def read_state(path: Path) -> dict:
+    """The dictionary in a checkpoint's file, verified: its hash, its entries and their types, finite weights."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; train one with `python train.py`")
+    check_seal(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a foreign file
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}): train it again") from None
+    known = isinstance(state, dict) and state.keys() == ENTRIES.keys()
+    if not known or not all(isinstance(state[name], kind) for name, kind in ENTRIES.items()):
+        raise ValueError(f"{path}: not a checkpoint of this version (other entries): train it again")
+    if state["format"] != FORMAT or state["name"] not in MODELS:
+        raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
+    for name, tensor in state["model"].items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"{path}: {name} is no tensor of float32 or float16: train it again")
+    check_finite(path, state["model"])
+    return state
+
+
+def check_sizes(state: dict, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raise ValueError, before it is built, for a network that does not fit its tokenizer, weights or this machine."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
+    if problem := memory_problem(least_bytes(state["name"], config)):
+        raise ValueError(f"it {problem}")
+    needed = least_bytes(state["name"], replace(config, block_size=1))
+    held = sum(4 * tensor.numel() for tensor in state["model"].values())
+    if not state["base"] and needed > 1.1 * held:
+        raise ValueError(f"its network would have {needed:,} bytes of weights, and the file holds {held:,}")
+
+
+def merged_base(path: Path, base: dict) -> Transformer:
+    """The model that the adapters in `path` were trained on. Raises ValueError if it is not there."""
     try:
         if sha256_of(Path(base["path"])) == base["sha256"]:
-            return adapt(merge_lora(load_checkpoint(base["path"]).model), ModelConfig(**state["config"]))
-    except FileNotFoundError:
+            return merge_lora(load_checkpoint(base["path"]).model)
+    except (FileNotFoundError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path}: holds adapters of {base['path']}, which is missing or has changed: restore that file")
+    missing = f"{base.get('path')}, which is missing or has changed"
+    raise ValueError(f"{path}: holds adapters of {missing}: restore that file")
 
 
 def find_checkpoints(out: str | Path = "out") -> list[Path]:

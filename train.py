@@ -1,13 +1,26 @@
 """Train LLaDA or GPT: `python train.py --help`. This file is the command line and the presets; see trainer.py."""
 
 import argparse
+import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.console import POSITIVE_INT, SEED, Parser, deferred_interrupt, number, progress, run_program, say
+from utils.console import (
+    POSITIVE_INT,
+    SEED,
+    Parser,
+    deferred_interrupt,
+    immediate_interrupt,
+    number,
+    printable,
+    progress,
+    run_program,
+    say,
+)
 from utils.errors import ArgumentError
 
 if TYPE_CHECKING:  # torch is imported after the arguments are parsed: --help is instant
@@ -21,6 +34,17 @@ NETWORK = ("arch", "n_layer", "n_head", "n_embd", "ngram_rows")  # comes with th
 LAPTOP_MINUTES = 2.75
 FINE_TUNING_MINUTES = 1.0
 LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
+SAMPLE_CHARACTERS = 120  # of --sample-every
+PROMPT_CHARACTERS, PROMPT_SEARCH = 24, 4000  # of the prompt in the last line; tokens to look for it in
+NO_SETTINGS = ("preset", "device", "out", "export", "resume", "sample_every")  # flags that are no fields of TrainConfig
+
+EXAMPLES = """
+python train.py
+python train.py --model gpt --minutes 15
+python train.py --data my_novel.txt --out novel
+python train.py --resume
+python train.py --init-from out/gpt/best.pt --model gpt --data my_letters.txt --out letters
+"""
 
 
 # ------------------------------------------------------------------------------------------------- presets
@@ -68,55 +92,90 @@ def fine_tuning_preset(model: str, lora: bool) -> "TrainConfig":
 
 # ------------------------------------------------------------------------------------------------- command line
 def make_parser() -> Parser:
-    """All flags but the first four are fields of TrainConfig; those that are not given come from the preset."""
-    parser = Parser(description="Train LLaDA (masked diffusion) or GPT (causal) on a text.")
-    add = parser.add_argument
-    add("--preset", choices=("laptop", "gpu"), help="sizes and length of the run (default: gpu on CUDA, else laptop)")
-    add("--device", help="cpu, cuda, mps (default: the best one available)")
-    add("--out", type=Path, default=Path("out"), help="writes OUT/MODEL/last.pt, best.pt, metrics.jsonl (default: out)")
-    add("--export", type=Path, metavar="FILE", help="also write the best weights alone there, in half precision")
-    add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default: OUT/MODEL/last.pt)")
-    add("--model", choices=MODELS, default="llada")
+    """All flags but NO_SETTINGS are fields of TrainConfig; those that are not given come from the preset."""
+    parser = Parser(description="Train LLaDA (masked diffusion) or GPT (causal) on a text.", examples=EXAMPLES)
+    add_run_flags(parser)
+    add = parser.add_argument_group("text").add_argument
     add("--data", metavar="NAME|FILE", help="tinyshakespeare (default), pydoc, or a UTF-8 text file")
     add("--pairs", metavar="FILE", help='train on lines of {"prompt": ..., "completion": ...} instead of a text')
-    add("--segments", choices=SEGMENTS, help="what an example is: running text (window, the default), or one speech, "
-        "paragraph or line between [START] and [END]")  # fmt: skip
-    add("--tokenizer", metavar="char|bpe|FILE", help="characters (default), byte-level BPE trained on the training "
-        "part, or a tokenizer.json")  # fmt: skip
-    add("--vocab-size", type=number(int, low=261, high=1 << 20), help="of --tokenizer bpe (default: 512)")
-    add("--init-from", metavar="CHECKPOINT", help="fine-tune this model, with its network and its tokenizer")
+    segments = (
+        "what an example is: running text (window, the default), or one speech, paragraph or line between [START] "
+        "and [END]"
+    )
+    add("--segments", choices=SEGMENTS, help=segments)
+    tokenizer = "characters (default: char), byte-level BPE trained on the training part, or a tokenizer.json"
+    add("--tokenizer", metavar="char|bpe|FILE", help=tokenizer)
+    vocab_size = number(int, low=261, high=1 << 20)
+    add("--vocab-size", type=vocab_size, metavar="V", help="of --tokenizer bpe (default: 512)")
+    val_fraction = number(float, above=0, below=1)
+    add("--val-fraction", type=val_fraction, metavar="P", help="share of the text to validate on (default: 0.2)")
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--init-from", metavar="CHECKPOINT", help="start from this model, with its network and its tokenizer")
     add("--lora-rank", type=POSITIVE_INT, metavar="R", help="with --init-from: train low-rank adapters alone")
-    add("--val-fraction", type=number(float, above=0, below=1), help="share of the text to validate on (default: 0.2)")
-    add("--arch", choices=ARCHITECTURES, help="network (default: rotary)")
-    add("--n-layer", type=POSITIVE_INT)
-    add("--n-head", type=POSITIVE_INT)
-    add("--n-embd", type=POSITIVE_INT)
-    add("--block-size", type=POSITIVE_INT, help="context length, in characters")
-    add("--dropout", type=number(float, low=0, below=1))
-    add("--ngram-dropout", type=number(float, low=0, below=1), help="dropout of the n-gram tables, which overfit first")
-    add("--ngram-rows", type=POSITIVE_INT, help="rows of each n-gram table, best a prime (default: 65521)")
-    add("--batch-size", type=POSITIVE_INT, help="windows in a step, over all processes and micro-batches")
-    add("--accumulate", type=POSITIVE_INT, help="micro-batches in a step: less memory, same result")
-    add("--optimizer", choices=OPTIMIZERS, help="of the blocks' matrices (default: muon)")
-    add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's and the embeddings' follow")
-    add("--ngram-lr", type=number(float, above=0), help="peak learning rate of the n-gram tables, per token")
-    add("--weight-decay", type=number(float, low=0), help="of the blocks' matrices")
-    add("--calibration", type=number(float, low=0, below=1),
-        help="share of the training text to hold out, on which a temperature is fitted at the end")  # fmt: skip
-    add("--short-share", type=number(float, low=0, high=1), help="share of the run in which windows are cut in half")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=POSITIVE_INT, help="length of the run in steps")
-    length.add_argument("--minutes", type=number(float, above=0), help="length of the run in time")
-    add("--eval-every", type=POSITIVE_INT, metavar="STEPS", help="validate this often (default: ten times a run)")
-    add("--seed", type=SEED)
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add_network_flags(parser)
+    add_optimization_flags(parser)
     return parser
+
+
+def add_run_flags(parser: Parser) -> None:
+    """What is trained, where, for how long, and what it says meanwhile."""
+    add = parser.add_argument_group("run").add_argument
+    add("--model", choices=MODELS, default="llada", help="what to train (default: llada)")
+    add("--preset", choices=("laptop", "gpu"), help="sizes and length of the run (default: gpu on CUDA, else laptop)")
+    add("--device", help="cpu, cuda, mps (default: the best one available)")
+    out = "writes OUT/MODEL/last.pt, best.pt, metrics.jsonl, summary.json (default: out)"
+    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
+    export = "also write the best weights alone there, in half precision"
+    add("--export", type=Path, metavar="FILE", help=export)
+    resume = "continue a run (default: OUT/MODEL/last.pt)"
+    add("--resume", nargs="?", const="", metavar="CHECKPOINT", help=resume)
+    add("--seed", type=SEED, metavar="N", help="of weights, windows and masks (default: 0)")
+    group = parser.add_argument_group("length, and what is shown")
+    length, add = group.add_mutually_exclusive_group(), group.add_argument
+    length.add_argument("--steps", type=POSITIVE_INT, metavar="N", help="end after N steps")
+    minutes = f"end after this time (default: {LAPTOP_MINUTES:g} on a laptop; on a GPU 5000 steps)"
+    length.add_argument("--minutes", type=number(float, above=0), metavar="M", help=minutes)
+    add("--eval-every", type=POSITIVE_INT, metavar="STEPS", help="validate this often (default: ten times a run)")
+    sample = "show a short text of the model after each N-th validation, 0 never (default: 1 on a terminal, else 0)"
+    add("--sample-every", type=number(int, low=0), metavar="N", help=sample)
+
+
+def add_network_flags(parser: Parser) -> None:
+    """The fields of ModelConfig. Defaults depend on the preset."""
+    add = parser.add_argument_group("network (defaults: those of the preset)").add_argument
+    add("--arch", choices=ARCHITECTURES, help="vanilla is PyTorch's encoder, for comparison (default: rotary)")
+    add("--n-layer", type=POSITIVE_INT, metavar="L", help="layers")
+    add("--n-head", type=POSITIVE_INT, metavar="H", help="attention heads in a layer")
+    add("--n-embd", type=POSITIVE_INT, metavar="C", help="width: a multiple of the heads")
+    add("--block-size", type=POSITIVE_INT, metavar="T", help="context length, in tokens")
+    add("--dropout", type=number(float, low=0, below=1), metavar="P", help="of the layers")
+    ngram_dropout = "of the n-gram tables, which overfit first"
+    add("--ngram-dropout", type=number(float, low=0, below=1), metavar="P", help=ngram_dropout)
+    add("--ngram-rows", type=POSITIVE_INT, metavar="N", help="of each n-gram table, best a prime (default: 65521)")
+
+
+def add_optimization_flags(parser: Parser) -> None:
+    """The fields of TrainConfig that say how to train."""
+    add = parser.add_argument_group("optimization (defaults: those of the preset)").add_argument
+    batch_size = "rows in a step, over all processes and micro-batches"
+    add("--batch-size", type=POSITIVE_INT, metavar="B", help=batch_size)
+    accumulate = "micro-batches in a step: less memory, same result (default: 1)"
+    add("--accumulate", type=POSITIVE_INT, metavar="N", help=accumulate)
+    add("--optimizer", choices=OPTIMIZERS, help="of the blocks' matrices (default: muon)")
+    lr = "peak learning rate of AdamW; Muon's and the embeddings' follow"
+    add("--lr", type=number(float, above=0), metavar="R", help=lr)
+    add("--ngram-lr", type=number(float, above=0), metavar="R", help="peak of the n-gram tables, per token")
+    add("--weight-decay", type=number(float, low=0), metavar="R", help="of the blocks' matrices")
+    calibration = "share of the training text to hold out, on which a temperature is fitted at the end"
+    add("--calibration", type=number(float, low=0, below=1), metavar="P", help=calibration)
+    short_share = "share of the run in which windows are cut in half"
+    add("--short-share", type=number(float, low=0, high=1), metavar="P", help=short_share)
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
 
 
 def given_settings(args: argparse.Namespace) -> dict:
     """The fields of TrainConfig that the flags set."""
-    others = ("preset", "device", "out", "export", "resume")
-    settings = {name: value for name, value in vars(args).items() if value is not None and name not in others}
+    settings = {name: value for name, value in vars(args).items() if value is not None and name not in NO_SETTINGS}
     if args.steps or args.minutes:  # one replaces the other
         settings |= {"steps": args.steps, "minutes": args.minutes}
     return settings
@@ -219,19 +278,48 @@ def say_summary(summary: dict) -> None:
             say("the old text: {old_before:.4f} before, {old_after:.4f} after".format(**change))
 
 
+def say_sample(trainer: "Trainer") -> None:
+    """A short text of the model as it is now, on one line. The training does not notice: see test_train.py."""
+    import torch
+
+    from generation.flags import opening
+    from generation.text import generate_text
+
+    model, tokenizer = trainer.model.eval(), trainer.corpus.tokenizer
+    prompt = opening("", model, tokenizer)
+    # Texts have all lengths, for each of which a compiled network would be compiled anew.
+    with torch.compiler.set_stance("force_eager") if trainer.config.compile else nullcontext():
+        text = generate_text(model, tokenizer, prompt, max_out_tokens=SAMPLE_CHARACTERS)
+    model.train()
+    say(f"    {printable(text.removeprefix(prompt)).replace(chr(10), '↵')}")
+
+
+def beginning_of_a_line(trainer: "Trainer") -> str:
+    """The first words of a line (or of a prompt) of the training text: one that a command line can hold."""
+    part, tokenizer = trainer.corpus.split(trainer.config.val_fraction)[0], trainer.corpus.tokenizer
+    text = part[0].prompt if trainer.config.pairs else tokenizer.decode(part[:PROMPT_SEARCH])
+    for line in text.splitlines():
+        words = line[:PROMPT_CHARACTERS].rpartition(" ")[0] if len(line) > PROMPT_CHARACTERS else line
+        prompt = words or line[:PROMPT_CHARACTERS]
+        if prompt.strip() and prompt.isprintable() and not prompt.startswith("-") and "[MASK" not in prompt:
+            return prompt
+    return ""
+
+
 # ------------------------------------------------------------------------------------------------- main
 def train(args: argparse.Namespace, start: float) -> None:
     """Train, save, score. `start`: when the program began, time.monotonic()."""
-    from checkpoint import CheckpointWriter, export_weights, load_checkpoint
-    from trainer import summarize
-    from utils.devices import pick_device, tune_cpu
-    from utils.processes import Processes
+    with immediate_interrupt():
+        from checkpoint import CheckpointWriter, export_weights, load_checkpoint
+        from trainer import summarize
+        from utils.devices import pick_device, tune_cpu
+        from utils.processes import Processes
 
     if args.export and args.export.is_dir():
         raise ArgumentError("export", f"{args.export} is a folder: name a file")
     tune_cpu()
     processes = Processes(pick_device(args.device))
-    with processes.joined(), deferred_interrupt() as stopping:
+    with processes.joined():
         trainer = start_run(args, processes, start)
         model, folder = trainer.config.model, args.out / trainer.config.model
         writer = CheckpointWriter(trainer, folder, resume_path(args))
@@ -239,21 +327,29 @@ def train(args: argparse.Namespace, start: float) -> None:
             parameters, looked_up = trainer.model.num_parameters(), trainer.model.num_looked_up()
             share = f"{100 * looked_up / parameters:.0f} % of them rows of tables that are looked up"
             say(f"{model}: {parameters:,} parameters ({share}) on {trainer.corpus.name}, {processes}")
+        sample_every = int(sys.stderr.isatty()) if args.sample_every is None else args.sample_every
 
         def on_validation(record: dict) -> None:
             if processes.is_main:
                 writer.on_validation(record)
                 say_record(record)
+                if sample_every and len(trainer.history) % sample_every == 0:
+                    say_sample(trainer)
 
-        with progress(1, "train", processes.is_main and sys.stderr.isatty()) as update:
+        with deferred_interrupt() as stopping, progress(1, "train", processes.is_main) as update:
             session = trainer.train(on_validation, update, stopping)
         if not processes.is_main:
             return
         if stopping():
             writer.save_last()
-            say(f"stopped at step {trainer.step}; next: python train.py --resume --model {model} --out {args.out}")
+            command = ["train.py", "--resume", "--model", model, "--out", str(args.out)]
+            say(f"stopped at step {trainer.step}; next: python {shlex.join(command)}")
             return
-        summary = summarize(trainer, session)
+        try:
+            summary = summarize(trainer, session)
+        except KeyboardInterrupt:
+            say(f"{folder}/best.pt is complete; its final score is missing")
+            raise
         writer.save_summary(summary)
         say_summary(summary)
         adapters = "adapters.pt, " if trainer.config.lora_rank else ""
@@ -261,7 +357,8 @@ def train(args: argparse.Namespace, start: float) -> None:
         if args.export:
             export_weights(args.export, load_checkpoint(folder / "best.pt"))
             say(f"wrote {args.export}: {args.export.stat().st_size / 1e6:.1f} MB")
-        say(f"next: python generate.py --checkpoint {folder}/best.pt")
+        command = ["generate.py", "--checkpoint", f"{folder}/best.pt", "--prompt", beginning_of_a_line(trainer)]
+        say(f"next: python {shlex.join(command)}")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from diffusion import DiffusionObjective
 from model import ENCODERS, MODELS
 from tokenizer import MASK_ID, SimpleTokenizer
 from trainer import OBJECTIVES, OPTIMIZERS, TrainConfig, Trainer
-from utils.console import progress
+from utils.console import progress, run_program
 from utils.errors import ArgumentError
 from utils.processes import Processes
 
@@ -316,15 +317,16 @@ def test_training_on_a_large_text_keeps_memory_flat(tmp_path):
     assert peaks[str(path)] < peaks["pydoc"] + 300, peaks
 
 
-def test_a_new_run_moves_the_old_one_aside(command, corpus_file, tmp_path):
-    flags = ["--data", corpus_file, *TINY, "--steps", 2]
-    command("train.py", *flags, "--seed", 1)
+def test_a_new_run_moves_the_old_one_aside(run_script, corpus_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(corpus_file), *TINY, "--steps", "2"]
+    run_script("train.py", *flags, "--seed", "1")
     first = weights(tmp_path / "out/llada/last.pt")
-    command("train.py", *flags, "--seed", 2)
+    run_script("train.py", *flags, "--seed", "2")
     assert all(torch.equal(v, weights(tmp_path / "out/llada.1/last.pt")[k]) for k, v in first.items())
     second = weights(tmp_path / "out/llada/last.pt")
     assert any(not torch.equal(v, second[k]) for k, v in first.items())
-    command("train.py", "--resume", "out/llada.1/last.pt", "--steps", 4)
+    run_script("train.py", "--resume", "out/llada.1/last.pt", "--steps", "4")
     assert all(torch.equal(v, weights(tmp_path / "out/llada.2/last.pt")[k]) for k, v in second.items())
     assert load_checkpoint(tmp_path / "out/llada/last.pt").step == 4
 
@@ -342,10 +344,11 @@ def test_minutes_follow_the_clock(corpus_file):
     assert rates[-1] < 0.1 * max(rates)
 
 
-def test_training_learns(command, corpus_file, tmp_path):
+def test_training_learns(run_script, corpus_file, tmp_path):
     """On a text with structure both losses fall well below the entropy of independent characters."""
     for model in ("llada", "gpt"):
-        command("train.py", "--model", model, "--data", corpus_file, *TINY, "--n-embd", 32, "--steps", 400)
+        flags = ["--data", str(corpus_file), *TINY, "--n-embd", "32", "--steps", "400", "--out", str(tmp_path / "out")]
+        run_script("train.py", "--model", model, *flags)
         checkpoint = load_checkpoint(tmp_path / f"out/{model}/best.pt")
         corpus = load_corpus(str(corpus_file))
         train_ids, val_ids = corpus.split(0.2)
@@ -365,7 +368,7 @@ def test_command_line_choices_are_the_registries():
 
 def test_every_setting_has_a_flag_and_every_flag_is_a_setting():
     args = vars(train.make_parser().parse_args([]))
-    assert set(args) - {"preset", "device", "out", "resume"} == set(asdict(TrainConfig(steps=1)))
+    assert set(args) - set(train.NO_SETTINGS) == set(asdict(TrainConfig(steps=1)))
 
 
 @pytest.mark.parametrize(
@@ -423,14 +426,63 @@ def test_resuming_needs_the_state_of_a_run_and_its_text(corpus_file, tmp_path):
         Trainer.resume(checkpoint, Processes("cpu"))
 
 
-def test_the_last_line_is_the_next_command(command, corpus_file):
-    process = command("train.py", "--model", "gpt", "--data", corpus_file, *TINY, "--steps", 2, "--out", "a/b")
-    last = process.stderr.strip().splitlines()[-1]
-    program, *arguments = re.fullmatch(r"next: python (.*)", last)[1].split()
-    assert arguments == ["--checkpoint", "a/b/gpt/best.pt"]
-    assert command(program, *arguments, "--length", 5).stdout
+def test_the_last_line_is_the_next_command(command, tmp_path):
+    """Also for names that a shell would split, and a text in which ROMEO is unknown."""
+    lines = ["-a line like a flag", "[MASK] is no prompt", "it's a 'quoted' line; with $HOME and more", "and so on", ""]
+    (tmp_path / "my text.txt").write_text("\n".join(lines) * 100)
+    flags = ["--data", "my text.txt", *TINY, "--calibration", 0, "--steps", 2, "--out", "a b"]
+    last = command("train.py", "--model", "gpt", *flags).stderr.strip().splitlines()[-1]
+    program, *arguments = shlex.split(re.fullmatch(r"next: python (.*)", last)[1])
+    assert arguments == ["--checkpoint", "a b/gpt/best.pt", "--prompt", "it's a 'quoted' line;"]
+    assert command(program, *arguments, "--length", 5).stdout.startswith(arguments[-1])
 
 
+@pytest.mark.parametrize("text", ["\n\n\n", "---\n-\n", "\x07a\n\x1b[2J\n"])
+def test_a_text_without_a_line_to_begin_with_has_the_empty_prompt(corpus_file, text):
+    corpus_file.write_text(text * 100)
+    assert train.beginning_of_a_line(small_trainer("gpt", corpus_file)) == ""
+
+
+# ------------------------------------------------------------------------------------------------- what is shown
+@pytest.mark.parametrize("model", ["llada", "gpt"])
+def test_samples_are_shown_and_do_not_change_the_training(command, corpus_file, tmp_path, model):
+    flags = ["--model", model, "--data", corpus_file, *TINY, "--dropout", 0.1, "--steps", 12, "--eval-every", 3]
+    plain = command("train.py", *flags, "--out", "plain").stderr
+    shown = command("train.py", *flags, "--out", "shown", "--sample-every", 2).stderr
+    assert_same_run(tmp_path / f"plain/{model}/last.pt", tmp_path / f"shown/{model}/last.pt")
+    assert "\n    " not in plain  # standard error is no terminal
+    samples = [line for line in shown.splitlines() if line.startswith("    ")]
+    assert len(samples) == 2
+    assert all(len(sample) <= 4 + train.SAMPLE_CHARACTERS for sample in samples)
+
+
+def test_progress_is_shown_in_lines_where_there_is_no_terminal(corpus_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("utils.console.SECONDS_PER_LINE", 0)
+    flags = ["--data", str(corpus_file), *map(str, TINY), "--steps", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    train.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
+    assert len(lines) >= 3
+    pattern = r"train: 75 %  0:00:\d\d left, step 3  loss \d\.\d{3}  [\d,]+ tokens/s"
+    assert any(re.fullmatch(pattern, line) for line in lines), lines
+
+
+def test_the_first_ctrl_c_during_the_final_validation_ends_the_program(corpus_file, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("Ctrl-C was swallowed")
+
+    monkeypatch.setattr("trainer.score_validation", interrupted)
+    flags = ["--data", str(corpus_file), *map(str, TINY), "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_program(train.main)
+    assert end.value.code == 130
+    assert f"{tmp_path}/llada/best.pt is complete; its final score is missing" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "llada/best.pt").step == 2
+
+
+# ------------------------------------------------------------------------------------------------- bad flags
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
