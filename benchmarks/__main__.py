@@ -1,8 +1,9 @@
 """The command line of the benchmarks: `python -m benchmarks NAME`, from the root of the repository."""
 
 import argparse
+from pathlib import Path
 
-from utils.console import POSITIVE_INT, Parser, number, run_program
+from utils.console import POSITIVE_INT, SEED, Parser, number, run_program, say
 
 BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption of its table
     "training": "Pairs of trainings that differ in one flag, at equal time, each in a process of its own. "
@@ -17,6 +18,20 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
     "drawn_confidence, LLaDA's published rule, has no likelihood. Differences are paired over the same windows. A "
     "sampler with an exact figure above the bound is worse than random order; one below it need not be better. "
     "NFE: network evaluations for each text. Times are of one run.",
+    "pairs": "Two small tasks with a held-out part: reversing made-up words, and facts asked in the direction that was "
+    "not trained. Both models have equal parameters and equal steps. An answer is right if it is equal to the wanted "
+    "one; all are greedy. Intervals are 95 % intervals by Student's t over seeds, each with data of its own. --write "
+    "FOLDER writes the data of one seed and trains nothing: train.jsonl and heldout.jsonl for train.py --pairs and "
+    "evaluate.py --pairs, facts.txt for train.py --segments line. "
+    "ranks: GPT's exact likelihood of the whole line with each name; it needs a list of the names and one "
+    "evaluation for each. infills: LLaDA writes the name between [START] and the rest of the line, and is told how "
+    "many letters it has.",
+    "tokens": "Characters against byte-level BPE at equal parameters and equal time, in bits/char of the whole "
+    "validation part. The n-gram tables of BPE models have fewer rows, to pay for the larger vocabulary. All contexts "
+    "are of 256 tokens, so those of BPE hold more characters. Intervals are by Student's t over seeds.",
+    "finetuning": "All weights against low-rank adapters: losses on a new text and on the old one, before and after. "
+    "The new text is the documentation that ships with Python. Equal steps; one seed, no intervals. With adapters, "
+    "the parameters trained include the embeddings of characters that the base did not know.",
 }
 
 
@@ -27,11 +42,16 @@ def parse_args() -> argparse.Namespace:
     for name, caption in BENCHMARKS.items():
         add = subparsers.add_parser(name, help=caption.split(". ")[0], description=caption).add_argument
         add("--quick", action="store_true", help="fewer repetitions")
-        if name in ("training", "budget"):
+        if name in ("training", "budget", "tokens", "finetuning"):
             add("--data", metavar="NAME|FILE", help="as for train.py")
         if name == "budget":
             add("--seconds", type=number(float, above=0), nargs="+", help="default: 40 165 900, quick: 40")
             add("--model", choices=("llada", "gpt"), nargs="+", help="default: both")
+        if name == "tokens":
+            add("--seconds", type=number(float, above=0), help="of each training (default: 165, quick: 15)")
+        if name == "pairs":
+            add("--write", type=Path, metavar="FOLDER", help="only write train.jsonl, heldout.jsonl, facts.txt there")
+            add("--seed", type=SEED, metavar="N", help="of the data that --write writes (default: 0)")
         if name == "sampling":
             add("--out", default="out", help="folder of the trained models (default: out)")
             add("--windows", type=POSITIVE_INT, help="held-out windows to score (default: 64, quick: 16)")
@@ -41,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Parse the arguments, then import torch and measure."""
     args = parse_args()
-    from benchmarks import decoding, sampling, timing, training
+    from benchmarks import decoding, finetuning, pairs, sampling, timing, tokens, training
 
     match args.name:
         case "training":
@@ -53,6 +73,17 @@ def main() -> None:
         case "sampling":
             windows, lengths = args.windows or (16 if args.quick else 64), (128,) if args.quick else (128, 256)
             rows = sampling.compare_samplers(args.out, windows, lengths)
+        case "pairs" if args.write:
+            pairs.write_data(args.write, pairs.QUICK if args.quick else pairs.FULL, args.seed or 0)
+            return say(f"wrote {', '.join(pairs.FILES)} to {args.write}")
+        case "pairs":
+            if args.seed is not None:
+                raise ValueError("--seed needs --write")
+            rows = pairs.compare_tasks(args.quick)
+        case "tokens":
+            rows = tokens.compare_tokenizers(args.quick, args.data, args.seconds)
+        case "finetuning":
+            rows = finetuning.compare_fine_tuning(args.quick, args.data)
     timing.print_benchmark(BENCHMARKS[args.name], rows)
 
 

@@ -3,8 +3,8 @@
 Reversing: pairs {"prompt": "tarpol", "completion": "loprat"}. All words are made up, so a held-out word can only be
 reversed by a rule.
 
-Facts: lines of text "tarpol > minusa", one for each pair of names. Of every second fact the text also has the line in the
-other direction, "minusa < tarpol", so that this form is known. The other facts are asked in the direction that was
+Facts: lines of text "tarpol > minusa", one for each pair of names. Of every second fact the text also has the line in
+the other direction, "minusa < tarpol", so that this form is known. The other facts are asked in the direction that was
 never trained ("reversal curse", Berglund et al., arXiv 2309.12288; LLaDA, arXiv 2502.09992, section 3.3).
 """
 
@@ -22,20 +22,19 @@ import torch.nn.functional as F
 
 from autoregressive import exact_nll
 from benchmarks.timing import Row, timed
-from benchmarks.training import run_train
+from benchmarks.training import MODELS, run_train
 from checkpoint import Checkpoint, load_checkpoint
 from data import Pair
 from evaluation.likelihoods import mean_and_interval
 from evaluation.pairs import GREEDY_LLADA, complete_pairs
 from generation.text import generate_texts, infill
 from tokenizer import END_ID, START_ID
-from utils.errors import ArgumentError
 from utils.files import atomic_write
 
+SHORTEST, LONGEST = 3, 8  # letters of a word to reverse
 NAME = 6  # letters of a name in a fact
-MODELS = ("gpt", "llada")
 NETWORK = ("--n-layer=3", "--n-head=2", "--n-embd=64", "--block-size=24", "--ngram-rows=1009", "--calibration=0")
-REVERSED, FACTS = "train.jsonl", "facts.txt"
+FILES = REVERSED, HELD_OUT, FACTS = "train.jsonl", "heldout.jsonl", "facts.txt"
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,14 @@ class Sizes:
 
     words: int = 8000  # to train on
     held_out: int = 300  # words
-    facts: int = 100  # of which half in both directions
-    steps: int = 3000
+    facts: int = 60  # of which half in both directions
+    word_steps: int = 1000
+    fact_steps: int = 3000
     seeds: int = 3
 
 
 FULL = Sizes()
-QUICK = Sizes(words=500, held_out=50, facts=20, steps=100, seeds=1)
+QUICK = Sizes(words=500, held_out=50, facts=20, word_steps=100, fact_steps=100, seeds=1)
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -66,8 +66,8 @@ def made_up_words(count: int, shortest: int, longest: int, seed: int) -> list[st
 
 def reversals(count: int, seed: int) -> list[Pair]:
     """Words and their reversals; none is the reversal of another."""
-    words = dict.fromkeys(made_up_words(2 * count, 3, 8, seed))
-    kept = [word for word in words if word < word[::-1] or word[::-1] not in words]
+    words = dict.fromkeys(made_up_words(2 * count, SHORTEST, LONGEST, seed))
+    kept = [word for word in words if word < word[::-1] or word[::-1] not in words]  # one of two that mirror each other
     return [Pair(word, word[::-1]) for word in kept[:count]]
 
 
@@ -85,11 +85,11 @@ def facts_text(facts: list[tuple[str, str]], seed: int) -> str:
 
 
 def write_data(folder: Path, sizes: Sizes, seed: int) -> tuple[list[Pair], list[tuple[str, str]]]:
-    """Write train.jsonl, heldout.jsonl and facts.txt; the held-out pairs and the facts. Raises ArgumentError."""
+    """Write train.jsonl, heldout.jsonl and facts.txt; the held-out pairs and the facts. Raises ValueError."""
     pairs, facts = reversals(sizes.words + sizes.held_out, seed), facts_of(sizes.facts, seed)
     files = {
         REVERSED: json_lines(pairs[: sizes.words]),
-        "heldout.jsonl": json_lines(pairs[sizes.words :]),
+        HELD_OUT: json_lines(pairs[sizes.words :]),
         FACTS: facts_text(facts, seed),
     }
     try:
@@ -98,7 +98,7 @@ def write_data(folder: Path, sizes: Sizes, seed: int) -> tuple[list[Pair], list[
             with atomic_write(folder / name) as temporary:
                 temporary.write_text(text)
     except OSError as error:
-        raise ArgumentError("write", f"{folder}: cannot write there ({error.strerror})") from None
+        raise ValueError(f"--write {folder}: cannot write there ({error.strerror})") from None
     return pairs[sizes.words :], facts
 
 
@@ -151,7 +151,8 @@ def fact_questions(facts: list[tuple[str, str]]) -> dict[tuple[str, str, str], C
             questions[question, model, "writes"] = check(found, [pair[wanted] for pair in pairs])
     ends, wanted = [f" > {b}" for _, b in forward], [a for a, _ in forward]
     backward = "? > b, only a > b trained"
-    questions[backward, "gpt", f"ranks {len(names)} names"] = check(partial(likeliest_names, names=names, ends=ends), wanted)
+    ranked = partial(likeliest_names, names=names, ends=ends)
+    questions[backward, "gpt", f"ranks {len(names)} names"] = check(ranked, wanted)
     questions[backward, "llada", "infills"] = check(partial(fill_names, ends=ends), wanted)
     return questions
 
@@ -171,12 +172,12 @@ def answer_all(folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[tuple[st
     wanted = [pair.completion for pair in held_out]
     for model in MODELS:
         flags = (f"--pairs={folder / REVERSED}", "--val-fraction=0.02")
-        seconds, trained = train(folder, model, sizes.steps, seed, *flags)
+        seconds, trained = train(folder, model, sizes.word_steps, seed, *flags)
         texts = complete_pairs(trained.model, trained.tokenizer, held_out, 0.0, seed)
         right = [a == b for a, b in zip(texts, wanted, strict=True)]
         yield ("reversing", "a held-out word", model, "writes"), 100 * statistics.mean(right), seconds
         flags = (f"--data={folder / FACTS}", "--segments=line", "--val-fraction=0.5")
-        seconds, trained = train(folder, model, sizes.steps, seed, *flags)
+        seconds, trained = train(folder, model, sizes.fact_steps, seed, *flags)
         for (question, asked, how), check in fact_questions(facts).items():
             if asked == model:
                 yield ("facts", question, model, how), 100 * statistics.mean(check(trained)), seconds
