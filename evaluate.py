@@ -25,7 +25,7 @@ def make_parser() -> Parser:
     out = "the folder of runs, as of train.py (default: out)"
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
     add("--data", metavar="NAME|FILE", help="where the text they were trained on is now (default: where it was)")
-    add("--device", help="cpu, cuda (default: the best available)")
+    add("--device", help="cpu, cuda, mps (default: the best one available)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--report", type=Path, metavar="FOLDER", help="for report.md, metrics.json, pictures (default: OUT/report)")
     add("--quick", action="store_true", help="fewer windows, policies and samples: wider intervals")
@@ -86,7 +86,7 @@ def main() -> None:
         paths = [checkpoint_file(path) for path in args.checkpoints] or find_checkpoints(args.out)
         if not paths:
             raise ValueError(f"no checkpoint under {args.out}/: train one with `python train.py`, or name its file")
-        checkpoints = select_checkpoints(paths, pick_device(args.device, float64=True))
+        checkpoints = select_checkpoints(paths, pick_device(args.device))
         corpus = load_same_corpus(next(iter(checkpoints.values())), args.data)
     evaluation = Evaluation(checkpoints, corpus, QUICK if args.quick else FULL, args.seed)
     if args.compare_estimators:
