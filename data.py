@@ -59,6 +59,15 @@ class Corpus:
     mapping: mmap.mmap | None = None  # where `ids` are, if they are memory-mapped
     pairs: list[Pair] | None = None
 
+    @property
+    def characters(self) -> int:
+        """Characters of the text; of pairs, of all prompts and completions."""
+        if self.pairs is not None:
+            return sum(len(pair.prompt) + len(pair.completion) for pair in self.pairs)
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return len(self.ids)
+        return int(self.tokenizer.characters_per_token[self.ids.numpy()].sum())
+
     def forget_pages(self) -> None:
         """Drop the pages of a memory-mapped text from resident memory, where every window read leaves some."""
         if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -77,6 +86,8 @@ class Corpus:
 
     def check_part(self, part: Tensor | list, purpose: str, block_size: int, segments: str) -> None:
         """Raise ValueError if a part of the text is shorter than one row."""
+        if segments == PAIRS and not part:
+            raise ValueError(f"there is no pair to {purpose} on: use more pairs or another --val-fraction")
         if len(part) < (block_size if segments == "window" else 1):
             raise ValueError(
                 f"{len(part)} tokens to {purpose} on are too few for one window of {block_size}: use a longer "
@@ -412,8 +423,6 @@ def pair_rows(pairs: list[Pair], tokenizer: Tokenizer, seq_length: int) -> RowDa
 
     Raises ValueError for a pair that is longer than seq_length.
     """
-    if not pairs:
-        raise ValueError("there are no pairs in one of the parts: use more pairs or another --val-fraction")
     rows = [
         [*tokenizer.encode(pair.prompt).tolist(), START_ID, *tokenizer.encode(pair.completion).tolist(), END_ID]
         for pair in pairs

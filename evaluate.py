@@ -3,16 +3,18 @@
 One table on standard output; a report with tables and pictures, and metrics.json, from which it is made, in --report.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
-from utils.console import SEED, Parser, immediate_interrupt, run_program
+from utils.console import SEED, Parser, immediate_interrupt, number, run_program
 from utils.errors import ArgumentError
 
 EXAMPLES = """
 python evaluate.py
 python evaluate.py out/gpt --quick --report gpt_report
 python evaluate.py --out /elsewhere --device cuda
+python evaluate.py --pairs heldout.jsonl
 """
 
 
@@ -31,6 +33,9 @@ def make_parser() -> Parser:
     add("--quick", action="store_true", help="fewer windows, policies and samples: wider intervals")
     add("--seed", type=SEED, default=0, metavar="N", help="of masks and samples (default: 0)")
     add("--compare-estimators", action="store_true", help="only compare the bound's estimator with plain Monte Carlo")
+    add = parser.add_argument_group("models of pairs").add_argument
+    add("--pairs", metavar="FILE", help="only score what they write after the prompts of FILE, and its completions")
+    add("--temperature", type=number(float, low=0), help="of these texts (default: 0, the likeliest tokens)")
     return parser
 
 
@@ -42,6 +47,18 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ArgumentError("report", f"{folder}: cannot write there ({existing}: {error.strerror})") from None
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ArgumentError for a flag without effect, and for a report that could not be written."""
+    if args.pairs is None and args.temperature is not None:
+        raise ArgumentError("temperature", "needs --pairs")
+    if args.pairs is not None and args.data is not None:
+        raise ArgumentError("data", "has no effect with --pairs")
+    if args.pairs is not None and args.compare_estimators:
+        raise ArgumentError("compare_estimators", "has no effect with --pairs")
+    if args.report or not (args.pairs or args.compare_estimators):
+        check_folder(args.report or args.out / "report")
 
 
 def print_table(metrics: dict) -> None:
@@ -71,12 +88,12 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.report or args.out / "report"
     with parser.naming_flags():
-        if not args.compare_estimators:
-            check_folder(folder)
+        check_flags(args)
     with immediate_interrupt():  # torch is imported here, so that --help does not wait for it
-        from checkpoint import find_checkpoints
+        from checkpoint import find_checkpoints, pretrained_checkpoints
         from evaluation.likelihoods import compare_estimators
-        from evaluation.report import write_report
+        from evaluation.pairs import print_pairs, score_pairs
+        from evaluation.report import write_json, write_report
         from evaluation.settings import FULL, QUICK
         from evaluation.suite import Evaluation, load_same_corpus, select_checkpoints
         from generation.flags import checkpoint_file
@@ -84,14 +101,20 @@ def main() -> None:
 
     with parser.naming_flags():
         paths = [checkpoint_file(path) for path in args.checkpoints] or find_checkpoints(args.out)
+        paths = paths or pretrained_checkpoints()
         if not paths:
             raise ValueError(f"no checkpoint under {args.out}/: train one with `python train.py`, or name its file")
         checkpoints = select_checkpoints(paths, pick_device(args.device))
+        if args.pairs:
+            settings = QUICK if args.quick else FULL
+            results = score_pairs(checkpoints, args.pairs, settings, args.temperature or 0.0, args.seed)
+            print_pairs(results)
+            return write_json(results, args.report / "pairs.json") if args.report else None
         corpus = load_same_corpus(next(iter(checkpoints.values())), args.data)
     evaluation = Evaluation(checkpoints, corpus, QUICK if args.quick else FULL, args.seed)
     if args.compare_estimators:
-        if evaluation.llada is None:
-            raise ValueError("--compare-estimators needs a LLaDA checkpoint")
+        if evaluation.llada is None or evaluation.left_out():
+            raise ValueError("--compare-estimators needs a LLaDA checkpoint of windows of characters")
         windows = evaluation.rows[0].tokens[:64]
         return print_estimators(compare_estimators(evaluation.llada, windows, args.seed), *windows.shape)
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from layers import (
+    NGRAMS,
     Block,
     KeyValueCache,
     LowRank,
@@ -30,6 +31,7 @@ from layers import (
 from utils.errors import ArgumentError, check_number
 
 NEVER_PREDICTED = 3  # ids 0, 1, 2 are [PAD], [MASK], [START]: their logits are -inf by construction (MDLM's SUBS)
+LARGEST, MOST_LAYERS = 1 << 24, 1000  # sizes beyond these are mistakes
 SEGMENTS = ("window", "speech", "paragraph", "line", "pairs")  # what a row of training text is, see data.py
 
 
@@ -52,7 +54,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer", "ngram_rows"):
-            check_number(name, getattr(self, name), low=1)
+            check_number(name, getattr(self, name), low=1, high=MOST_LAYERS if name == "n_layer" else LARGEST)
         for name in ("dropout", "ngram_dropout"):
             check_number(name, getattr(self, name), low=0, below=1)
         if self.n_embd % (2 * self.n_head):
@@ -267,6 +269,14 @@ class LLaDAModel(Transformer):
 MODELS = {"llada": LLaDAModel, "gpt": GPT}
 
 
+def least_bytes(name: str, config: ModelConfig) -> int:
+    """Memory that a model takes at least, a few percent below what it does take: from its sizes, nothing is built."""
+    V, C = config.vocab_size, config.n_embd
+    tables = config.ngram_rows * len(NGRAMS[MODELS[name].causal]) if config.arch == "rotary" else 0
+    positions = config.block_size * (C // config.n_head)
+    return 4 * (C * (2 * V + tables + 12 * C * config.n_layer) + positions)
+
+
 # ------------------------------------------------------------------------------------------------- fine-tuning
 def merged_state(model: Transformer) -> dict[str, Tensor]:
     """The state_dict of the model without parametrizations: their weights as they are read, under their plain names."""
@@ -304,6 +314,17 @@ def add_lora(model: Transformer, rank: int, generator: torch.Generator | None = 
 def merge_lora(model: Transformer) -> Transformer:
     """A copy without adapters, each added to its weight: lora_rank 0, the same outputs up to rounding."""
     return rebuilt(model, merged_state(model), lora_rank=0).to(model.device)
+
+
+def adapt(base: Transformer, config: ModelConfig, generator: torch.Generator | None = None) -> Transformer:
+    """The network `base` with another configuration: for a larger vocabulary, with adapters, for other rows of text.
+
+    The other sizes must be equal. Adapters of another rank are merged first, those of the same rank are kept.
+    """
+    grown = extend_vocabulary(base, config.vocab_size, generator)
+    if config.lora_rank != grown.config.lora_rank:
+        grown = add_lora(grown, config.lora_rank, generator) if config.lora_rank else merge_lora(grown)
+    return rebuilt(grown, grown.state_dict(), **(config.to_dict() | {"ngram_base": grown.config.ngram_base}))
 
 
 def lora_state(model: Transformer) -> dict[str, Tensor]:

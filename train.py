@@ -36,7 +36,7 @@ FINE_TUNING_MINUTES = 1.0
 LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
 SAMPLE_CHARACTERS = 120  # of --sample-every
 PROMPT_CHARACTERS, PROMPT_SEARCH = 24, 4000  # of the prompt in the last line; tokens to look for it in
-NO_SETTINGS = ("preset", "device", "out", "resume", "sample_every")  # flags that are no fields of TrainConfig
+NO_SETTINGS = ("preset", "device", "out", "export", "resume", "sample_every")  # flags that are no fields of TrainConfig
 
 EXAMPLES = """
 python train.py
@@ -125,6 +125,8 @@ def add_run_flags(parser: Parser) -> None:
     add("--device", help="cpu, cuda, mps (default: the best one available)")
     out = "writes OUT/MODEL/last.pt, best.pt, metrics.jsonl, summary.json (default: out)"
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
+    export = "also write the best weights alone there, in half precision"
+    add("--export", type=Path, metavar="FILE", help=export)
     resume = "continue a run (default: OUT/MODEL/last.pt)"
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help=resume)
     add("--seed", type=SEED, metavar="N", help="of weights, windows and masks (default: 0)")
@@ -187,6 +189,8 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
             raise ValueError(f"--{name.replace('_', '-')}: the vanilla network has no n-gram tables; drop it")
     if args.vocab_size and args.tokenizer != "bpe":
         raise ArgumentError("vocab_size", "needs --tokenizer bpe")
+    if args.pairs and args.segments:
+        raise ArgumentError("segments", "has no effect with --pairs: drop it")
     if args.pairs:
         settings["segments"] = "pairs"
     if base is not None:
@@ -211,12 +215,15 @@ def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoi
         raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
     preset = fine_tuning_preset(args.model, bool(args.lora_rank))
     kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout")}
+    if network.segments != "pairs":
+        kept["segments"] = network.segments
     return replace(preset, **(kept | settings))
 
 
 def start_run(args: argparse.Namespace, processes: "Processes", start: float) -> "Trainer":
     """A new run, or the one to resume with its own settings; only its end may be moved."""
     from checkpoint import load_checkpoint
+    from model import merge_lora
     from trainer import Trainer, load_training_corpus
 
     def clock() -> float:
@@ -224,6 +231,8 @@ def start_run(args: argparse.Namespace, processes: "Processes", start: float) ->
 
     if args.resume is None:
         base = load_checkpoint(args.init_from) if args.init_from else None
+        if base is not None:  # adapters of its own stay as they are; this run may train new ones
+            base.model = merge_lora(base.model)
         config = new_config(args, processes.device.type == "cuda", base)
         trainer = Trainer(config, load_training_corpus(config, base), processes, clock, base)
         if base is not None:
@@ -301,11 +310,13 @@ def beginning_of_a_line(trainer: "Trainer") -> str:
 def train(args: argparse.Namespace, start: float) -> None:
     """Train, save, score. `start`: when the program began, time.monotonic()."""
     with immediate_interrupt():
-        from checkpoint import CheckpointWriter
+        from checkpoint import CheckpointWriter, export_weights, load_checkpoint
         from trainer import summarize
         from utils.devices import pick_device, tune_cpu
         from utils.processes import Processes
 
+    if args.export and args.export.is_dir():
+        raise ArgumentError("export", f"{args.export} is a folder: name a file")
     tune_cpu()
     processes = Processes(pick_device(args.device))
     with processes.joined():
@@ -341,7 +352,11 @@ def train(args: argparse.Namespace, start: float) -> None:
             raise
         writer.save_summary(summary)
         say_summary(summary)
-        say(f"wrote {folder}/best.pt, last.pt, metrics.jsonl, summary.json")
+        adapters = "adapters.pt, " if trainer.config.lora_rank else ""
+        say(f"wrote {folder}/best.pt, last.pt, {adapters}metrics.jsonl, summary.json")
+        if args.export:
+            export_weights(args.export, load_checkpoint(folder / "best.pt"))
+            say(f"wrote {args.export}: {args.export.stat().st_size / 1e6:.1f} MB")
         command = ["generate.py", "--checkpoint", f"{folder}/best.pt", "--prompt", beginning_of_a_line(trainer)]
         say(f"next: python {shlex.join(command)}")
 

@@ -33,12 +33,13 @@ from data import (
 )
 from diffusion import DiffusionObjective
 from likelihood import Likelihood, pairs_needed
-from model import MODELS, ModelConfig, Transformer, add_lora, extend_vocabulary
+from model import MODELS, ModelConfig, Transformer, adapt
 from optim import build_optimizers, learning_rate_factor, set_learning_rate
 from tokenizer import SPECIAL_TOKENS, SimpleTokenizer, Tokenizer, read_tokenizer, train_bpe
 from utils.console import progress, say
 from utils.counter import EvaluationCounter
 from utils.errors import ArgumentError, check_number
+from utils.files import sha256_of
 from utils.processes import Processes
 
 OBJECTIVES = {"llada": DiffusionObjective(), "gpt": CausalObjective()}
@@ -121,31 +122,21 @@ class TrainConfig:
         return ModelConfig(
             vocab_size, self.block_size, self.n_embd, self.n_head, self.n_layer, self.dropout, self.arch,
             ngram_dropout=self.ngram_dropout, ngram_rows=self.ngram_rows, segments=self.segments,
+            lora_rank=self.lora_rank,
         )  # fmt: skip
 
     to_dict = asdict
 
 
-@dataclass
+@dataclass(frozen=True)
 class FineTuning:
     """What a run that starts from another model remembers of it. Losses are nats/char on the whole validation parts."""
 
+    base: dict  # {"path", "sha256"} of its checkpoint
+    old_corpus: dict  # as in that checkpoint
+    old_segments: str
     new_before: float  # loss on the new text before the run
     old_before: float | None  # on the old one; None: that text is not here any more
-    old_corpus: dict  # as in the checkpoint
-    old_segments: str
-
-
-def adapted_model(base: Checkpoint, config: TrainConfig, vocab_size: int) -> Transformer:
-    """The base's network, for the rows and the vocabulary of this run, with adapters if it is to train them alone."""
-    generator = torch.Generator().manual_seed(config.seed)
-    grown = extend_vocabulary(base.model, vocab_size, generator)
-    if config.lora_rank and not grown.config.lora_rank:
-        grown = add_lora(grown, config.lora_rank, generator)
-    names = ("segments", "block_size", "dropout", "ngram_dropout")
-    model = MODELS[config.model](replace(grown.config, **{name: getattr(config, name) for name in names}))
-    model.load_state_dict(grown.state_dict())
-    return model
 
 
 def load_training_corpus(config: TrainConfig, base: Checkpoint | None = None) -> Corpus:
@@ -206,11 +197,10 @@ class Trainer:
             raise ArgumentError("batch_size", f"{config.batch_size} is not a multiple of {micro_batches} micro-batches")
         self._split_corpus()
         torch.manual_seed(config.seed)  # initial weights and dropout
-        if base is None:
-            self.model = MODELS[config.model](config.model_config(corpus.tokenizer.vocab_size)).to(processes.device)
-        else:
-            self.model = adapted_model(base, config, corpus.tokenizer.vocab_size).to(processes.device)
+        network = config.model_config(corpus.tokenizer.vocab_size)
         self.generator = torch.Generator().manual_seed(config.seed)  # windows and masks
+        model = MODELS[config.model](network) if base is None else adapt(base.model, network, self.generator)
+        self.model = model.to(processes.device)
         for module in self.model.modules():
             if isinstance(module, nn.EmbeddingBag):  # a step touches few rows, but GPUs and compilers need dense rows
                 module.sparse = processes.device.type == "cpu" and not config.compile
@@ -245,20 +235,21 @@ class Trainer:
 
     def remember_base(self, base: Checkpoint) -> None:
         """Score the model that this run starts from on the new text and, if it is still here, on the old one."""
-        new = score_validation(self).nats_per_char
-        self.fine_tuning = FineTuning(new, None, base.corpus, base.model.config.segments)
-        self.fine_tuning.old_before = self.old_loss()
+        file = {"path": str(base.path.resolve()), "sha256": sha256_of(base.path)}
+        segments = base.model.config.segments
+        old, new = self.old_loss(base.corpus, segments), score_validation(self).nats_per_char
+        self.fine_tuning = FineTuning(file, base.corpus, segments, new, old)
 
-    def old_loss(self) -> float | None:
+    def old_loss(self, old_corpus: dict, segments: str) -> float | None:
         """Loss on the validation part of the text that the base was trained on, nats/char; None if it is not here."""
-        old, tokenizer = self.fine_tuning, self.corpus.tokenizer
+        tokenizer = self.corpus.tokenizer
         try:
-            corpus = load_same_corpus(old.old_corpus, old.old_segments, tokenizer)
+            corpus = load_same_corpus(old_corpus, segments, tokenizer)
         except (OSError, ValueError) as error:
             say(f"forgetting is not measured: {error}")
             return None
-        part = corpus.split(old.old_corpus["val_fraction"])[1]
-        rows = validation_rows(part, tokenizer, self.config.block_size, old.old_segments, FINAL_CHARS)
+        part = corpus.split(old_corpus["val_fraction"])[1]
+        rows = validation_rows(part, tokenizer, self.config.block_size, segments, FINAL_CHARS)
         return score_rows(self.model, rows).nats_per_char
 
     # --------------------------------------------------------------------------------------------- quantities
@@ -490,9 +481,10 @@ def summarize(trainer: Trainer, session: dict[str, float]) -> dict:
     params, tokens = trainer.model.num_parameters(), trainer.step * trainer.tokens_per_step
     result, fine_tuning = score_validation(trainer), None
     if trainer.fine_tuning:
-        fine_tuning = asdict(trainer.fine_tuning) | {
+        old = trainer.fine_tuning
+        fine_tuning = asdict(old) | {
             "new_after": result.nats_per_char,
-            "old_after": None if trainer.fine_tuning.old_before is None else trainer.old_loss(),
+            "old_after": None if old.old_before is None else trainer.old_loss(old.old_corpus, old.old_segments),
         }
     return {
         "params": params,
@@ -505,7 +497,8 @@ def summarize(trainer: Trainer, session: dict[str, float]) -> dict:
         **session,
         "nats_per_char": result.nats_per_char,
         "ci95": list(result.ci95) if math.isfinite(result.ci95[0]) else None,  # None: one window has no interval
-        "is_bound": result.is_bound,
+        # Other tokens could spell the text too, so that of its encoding is a bound for the text.
+        "is_bound": result.is_bound or not isinstance(trainer.corpus.tokenizer, SimpleTokenizer),
         "chars": int(result.characters.sum()),
         "fine_tuning": fine_tuning,
     }

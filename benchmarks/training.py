@@ -38,20 +38,29 @@ class TrainingResult:
     peak_megabytes: float  # resident memory
 
 
+def run_train(out: str | Path, *flags: str) -> tuple[dict, float]:
+    """Run train.py to its end in a process of its own, silently. Its runs are under `out`.
+
+    Returns the run's summary, see `trainer.summarize`, and the process's peak resident memory in MB. Raises OSError
+    with the last line of its output if it fails.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([sys.executable, TRAIN, *flags, "--out", out], stderr=log, stdout=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise OSError(f"train.py {' '.join(flags)}: {log.read().strip().splitlines()[-1]}")
+    newest = max(Path(out).glob("*/summary.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text()), usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+
+
 def run_training(model: str, seconds: float, seed: int, data: str | None, *flags: str) -> TrainingResult:
-    """Run train.py to its end, silently. Raises OSError with the last line of its output if it fails."""
+    """Train for `seconds` and validate on the last tenth of the text. Raises OSError as `run_train` does."""
     flags = (f"--model={model}", f"--minutes={seconds / 60}", f"--seed={seed}", "--val-fraction=0.1", *flags)
     flags = flags if data is None else (*flags, f"--data={data}")
     with tempfile.TemporaryDirectory() as folder:
-        with open(Path(folder) / "log", "w+") as log:
-            process = subprocess.Popen([sys.executable, TRAIN, *flags, "--out", folder], stderr=log, stdout=log)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                log.seek(0)
-                raise OSError(f"train.py {' '.join(flags)}: {log.read().strip().splitlines()[-1]}")
-        summary = json.loads(next(Path(folder).glob("*/summary.json")).read_text())
-    peak = usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+        summary, peak = run_train(folder, *flags)
     return TrainingResult(seconds, summary["nats_per_char"], summary["is_bound"], summary["tokens_per_second"], peak)
 
 

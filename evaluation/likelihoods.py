@@ -73,13 +73,16 @@ def loss_by_character(results: dict[str, Likelihood], batches: list[Rows], token
     return {tokenizer.id_to_char[i]: entry for i, entry in entries.items()}
 
 
-def mean_and_interval(values: Tensor) -> tuple[float, list[float] | None]:
+def mean_and_interval(values: Tensor, characters: Tensor | None = None) -> tuple[float, list[float] | None]:
     """The mean of values (n,) and its 95 % interval by Student's t; None for a single value.
+
+    With characters (n,): the sum of the values over that of the characters.
 
     >>> mean_and_interval(torch.tensor([1.0, 2.0, 3.0]))[0]
     2.0
     """
-    mean, half = float(values.mean()), half_width95(values, torch.ones(len(values)))
+    characters = torch.ones(len(values)) if characters is None else characters
+    mean, half = float(values.sum() / characters.sum()), half_width95(values, characters)
     return mean, finite((mean - half, mean + half))
 
 

@@ -85,7 +85,7 @@ def loss_curves(plt, metrics: dict):
             temperature = f"validation after scaling by temperature {history[-1]['temperature']:.2f}"
             axes.plot(x[-1:], [history[-1]["calibrated_val_loss"]], "*", color=colour, markersize=9,
                       markeredgecolor="black", linestyle="none", label=f"{label}: {temperature}")  # fmt: skip
-    axes.set(xlabel="characters read in training (millions)", ylabel="loss (nats/char)")
+    axes.set(xlabel="tokens read in training (millions)", ylabel="loss (nats/char)")
     add_legend(figure, axes, columns=1)
     return figure
 
@@ -102,7 +102,7 @@ def masking_curve(plt, metrics: dict):
         nats, mean = model["nats_per_char"], "mean of c(m) = " if name == "llada" else ""
         axes.axhline(nats, color=COLOURS[name], linestyle=dash,
                      label=f"{mean}{label_of(metrics, name)}: {nats:.3f} nats/char")  # fmt: skip
-    axes.set(xlabel=f"masked characters m, of {len(curve)}", ylabel="c(m) (nats per masked character)", ylim=0)
+    axes.set(xlabel=f"masked tokens m, of {len(curve)}", ylabel="c(m) (nats/char of masked tokens)", ylim=0)
     add_legend(figure, axes)
     return figure
 
@@ -130,7 +130,7 @@ def likelihood_against_nfe(plt, metrics: dict):
         axes.axhline(nats, color=COLOURS["gpt"], linestyle="-.", label="GPT (exact)")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    xlabel = f"network evaluations (NFE) for a text of {metrics['window']} characters"
+    xlabel = f"network evaluations (NFE) for a text of {metrics['window']} tokens"
     axes.set(xlabel=xlabel, ylabel="loss (nats/char), with 95 % intervals")
     add_legend(figure, axes)
     return figure

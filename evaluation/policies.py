@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from data import Rows
 from evaluation.likelihoods import finite, mean_and_interval
 from generation.infilling import mask_predictor
 from likelihood import Likelihood, curve_of, monotone, optimal_schedules, policy_likelihood, schedule_bound
@@ -18,12 +19,14 @@ from trainer import scoring_batch_size
 from unmasking import SCHEDULES, UnmaskingPolicy, random_positions
 
 RESAMPLES = 200  # of the bootstrap
+Figure = tuple[float, list[float] | None]  # nats/char and its 95 % interval
 
 
 # ------------------------------------------------------------------------------------------------- schedules
-def compare_schedules(bound: Likelihood) -> dict[str, list[dict]]:
+def compare_schedules(bound: Likelihood, characters: float) -> dict[str, list[dict]]:
     """Upper bounds in nats/char of schedules of K = 1, 2, 4, ..., T steps with positions in random order.
 
+    characters: the mean number in a window; it is taken as known, and has no part in the intervals.
     Intervals are from a bootstrap over windows. `optimal` is missing if there are too few windows.
     """
     T = len(bound.curve) - 1
@@ -40,8 +43,8 @@ def compare_schedules(bound: Likelihood) -> dict[str, list[dict]]:
             {
                 "steps": steps,
                 "nfe": sum(n > 0 for n in counts),
-                "nats_per_char": total / T,
-                "ci95": finite(((total - 1.96 * error) / T, (total + 1.96 * error) / T)),
+                "nats_per_char": total / characters,
+                "ci95": finite(((total - 1.96 * error) / characters, (total + 1.96 * error) / characters)),
                 "is_bound": True,
                 "counts": counts,
             }
@@ -86,52 +89,57 @@ def bootstrap_errors(bound: Likelihood, schedules: list[list[int]]) -> list[floa
 
 # ------------------------------------------------------------------------------------------------- policies
 def compare_policies(
-    model: LLaDAModel, windows: Tensor, limit: int, policies: list[UnmaskingPolicy], bound: Likelihood, seed: int
+    model: LLaDAModel, rows: Rows, limit: int, policies: list[UnmaskingPolicy], bound: Likelihood, seed: int
 ) -> list[dict]:
-    """nats/char of each policy on at most `limit` of the windows (N, T), and its difference to policies[0].
+    """nats/char of each policy on at most `limit` of the N windows in `rows`, and its difference to policies[0].
 
     Differences are paired over the same windows. `bound` scored all N windows: a policy's figure is that of the bound
     plus the mean difference between the two, so that it stands for all windows. The last row is the random order with T
     steps, of which `bound` is the upper bound.
     """
-    (N, T), predict, size = windows.shape, mask_predictor(model), scoring_batch_size(model)
+    (N, T), predict, size = rows.tokens.shape, mask_predictor(model), scoring_batch_size(model)
     chosen = torch.linspace(0, N - 1, min(N, limit)).long()
-    texts, known = windows[chosen.to(windows.device)].cpu(), bound.window_nats[:N] / T
-    rows, reference = [], None
+    texts, characters = rows.tokens[chosen.to(rows.tokens.device)].cpu(), rows.characters.cpu()
+    known = bound.window_nats[:N]
+    entries, reference = [], None
     for policy in policies:
         is_bound = not policy.has_exact_likelihood
         reveal = random_positions(policy, torch.Generator().manual_seed(seed)) if is_bound else policy
         result, nfe = policy_likelihood(predict, texts, reveal, MASK_ID, batch_size=size, is_bound=is_bound)
-        nats = result.window_nats / T
+        nats = result.window_nats
         reference = nats if reference is None else reference
-        figure = level_on_all_windows(nats, known, chosen)
-        rows.append(policy_row(policy, float(nfe.double().mean()), is_bound, figure, nats - reference))
+        figure = level_on_all_windows(nats, known, chosen, characters)
+        difference = mean_and_interval(nats - reference, characters[chosen])
+        entries.append(policy_entry(policy, float(nfe.double().mean()), len(chosen), is_bound, figure, difference))
+    figure = mean_and_interval(known, characters)
+    difference = mean_and_interval(known[chosen] - reference, characters[chosen])
     random = UnmaskingPolicy(steps=T, order="random")
-    rows.append(policy_row(random, T, True, mean_and_interval(known), known[chosen] - reference))
-    return rows
+    return [*entries, policy_entry(random, T, len(chosen), True, figure, difference)]
 
 
-def level_on_all_windows(nats: Tensor, known: Tensor, chosen: Tensor) -> tuple[float, list[float] | None]:
+def level_on_all_windows(nats: Tensor, known: Tensor, chosen: Tensor, characters: Tensor) -> Figure:
     """nats/char of a policy on all N windows, with its 95 % interval.
 
-    nats (n,) are the policy's on the `chosen` windows, known (N,) those of the bound on all of them. The figure is the
-    mean of `known` plus the mean paired difference. Its interval adds the variances of the two (two-phase sampling).
+    nats (n,) of the windows are the policy's on the `chosen` ones, known (N,) those of the bound on all of them, which
+    have characters (N,). The figure is that of `known` plus the paired difference. Its interval adds the variances of
+    the two (two-phase sampling).
     """
     if len(chosen) == len(known):
-        return mean_and_interval(nats)
-    (mean, all_windows), (difference, few_windows) = mean_and_interval(known), mean_and_interval(nats - known[chosen])
+        return mean_and_interval(nats, characters)
+    mean, all_windows = mean_and_interval(known, characters)
+    difference, few_windows = mean_and_interval(nats - known[chosen], characters[chosen])
     if few_windows is None:
         return mean + difference, None
     half = math.hypot(all_windows[1] - mean, few_windows[1] - difference)
     return mean + difference, [mean + difference - half, mean + difference + half]
 
 
-def policy_row(
-    policy: UnmaskingPolicy, nfe: float, is_bound: bool, figure: tuple[float, list[float] | None], difference: Tensor
+def policy_entry(
+    policy: UnmaskingPolicy, nfe: float, windows: int, is_bound: bool, figure: Figure, difference: Figure
 ) -> dict:
-    """A policy's entry in metrics.json. figure: nats/char and interval; difference (n,): to the reference policy."""
+    """A policy's entry in metrics.json: its figure, and its difference to the reference policy, in nats/char."""
     row = {"order": policy.order, "steps": policy.steps, "threshold": policy.threshold, "nfe": nfe}
     row["nats_per_char"], row["ci95"] = figure
-    row["is_bound"], row["windows"] = is_bound, len(difference)
-    row["difference"], row["difference_ci95"] = mean_and_interval(difference)
+    row["is_bound"], row["windows"] = is_bound, windows
+    row["difference"], row["difference_ci95"] = difference
     return row

@@ -12,7 +12,7 @@ INTRODUCTION = """\
 # {models} on {text}
 
 Measured on {chars:,} characters from the last {percent:g} % of the text ({characters:,} characters, SHA-256
-`{sha256:.16}`), which no model was trained on, in windows of {window}. Losses are in nats/char, lower is better.
+`{sha256:.16}`), which no model was trained on, in {rows}. Losses are in nats/char, lower is better.
 Intervals are 95 % intervals over windows.{quick}
 
 - *Exact* is the negative log-likelihood itself; an *upper bound* lies above it, by an unknown distance.
@@ -32,10 +32,16 @@ def prepare_folder(out: Path) -> None:
         raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
 
 
+def write_json(metrics: dict, path: Path) -> None:
+    """Write plain values to a file, whose folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def write_report(metrics: dict, out: Path) -> None:
     """Write metrics.json, the pictures and report.md to the folder `out`."""
-    with atomic_write(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(metrics, out / "metrics.json")
     draw_pictures(metrics, out)
     with atomic_write(out / "report.md") as temporary:
         temporary.write_text(report_text(metrics), encoding="utf-8")
@@ -49,6 +55,7 @@ def report_text(metrics: dict) -> str:
         paragraphs = section(metrics)
         if paragraphs:
             parts += [f"## {title}", *paragraphs]
+    parts += [f"Left out ({name}): {why}." for name, why in metrics["left_out"].items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,7 +98,7 @@ def introduction(metrics: dict) -> str:
         percent=100 * corpus["val_fraction"],
         characters=corpus["characters"],
         sha256=corpus["sha256"],
-        window=metrics["window"],
+        rows=f"windows of {metrics['window']} tokens" if metrics["segments"] == "window" else metrics["segments"],
         quick=" Made with `--quick`: fewer windows, wider intervals." * metrics["quick"],
     ).strip()
 
@@ -103,7 +110,7 @@ def training(metrics: dict) -> list[str]:
         ["parameters", *(f"{metrics['models'][name]['params']:,}" for name in runs)],
         ["of which looked up", *(f"{metrics['models'][name]['params_looked_up']:,}" for name in runs)],
         ["steps done", *(f"{run['step']:,}" for run in runs.values())],
-        ["characters read", *(fixed(run["tokens"], 0) for run in runs.values())],
+        ["tokens read", *(fixed(run["tokens"], 0) for run in runs.values())],
         ["training time, seconds", *(fixed(run["seconds"], 0) for run in runs.values())],
         ["fitted temperature", *(fixed(run["temperature"], 3) for run in runs.values())],
     ]
@@ -127,14 +134,18 @@ def likelihood(metrics: dict) -> list[str]:
         figures = [f"{gap['nats_per_char']:+.4f}", interval(gap["ci95"], 4)]
         rows.append(["LLaDA minus GPT, validation text, paired", "-", *figures, "-", "-", "-", "upper bound"])
     header = ["", "characters", "nats/char", "95 % interval", "due to masks", "bits/char", "perplexity", "kind"]
-    caption = "c(m) is the loss of one masked character when m are masked. Its mean over m is LLaDA's upper bound."
+    caption = (
+        "c(m) is the loss of one masked token when m are masked, per character that a token stands for. Its mean over "
+        "m is LLaDA's upper bound."
+    )
     return [
         table(header, rows),
         "Due to masks: at most the part of the interval's half-width that comes from the masks (parts add in squares).",
         *(["![The masking curve](masking_curve.png)", caption] if "masking_curve" in metrics else []),
-        "![Loss by position and by character](by_position_and_character.png)",
-        "Mean loss at each position of a window, and on each of the 40 most frequent characters.",
-    ]
+        *(["![Loss by position and by character](by_position_and_character.png)",
+           "Mean loss at each position of a window, and on each of the 40 most frequent characters."]
+          if "positions" in metrics else []),
+    ]  # fmt: skip
 
 
 def policies(metrics: dict) -> list[str]:
@@ -165,12 +176,14 @@ def policies(metrics: dict) -> list[str]:
 
 
 def samples(metrics: dict) -> list[str]:
-    blocks = ["Continuations of lines of the validation text, at temperature 1."]
+    pairs = metrics["segments"] == "pairs"
+    blocks = ["Completions, at temperature 1." if pairs else "Continuations of lines of the validation text, at "
+              "temperature 1."]  # fmt: skip
     for prompt in dict.fromkeys(row["prompt"] for row in metrics["samples"]):
         blocks.append(f"**Prompt:** `{visible(prompt)}`")
         for row in metrics["samples"]:
             if row["prompt"] == prompt:
-                body = (prompt + row["text"]).strip("\n").replace("\n", "\n    ")
+                body = (row["text"] if pairs else prompt + row["text"]).strip("\n").replace("\n", "\n    ")
                 blocks.append(f"{NAMES[row['model']]}, {row['sampler']}, NFE {row['nfe']}:\n\n    {body}")
     return blocks
 
@@ -181,7 +194,9 @@ def sample_metrics(metrics: dict) -> list[str]:
     columns |= {"bits under n-grams": ("bits_under_ngram", 2), "entropy": ("character_entropy", 2),
                 "real words": ("real_words", 2), "distinct 8-grams": ("distinct_8grams", 2),
                 "longest copy": ("longest_copy", 0)}  # fmt: skip
-    rows = metrics["sample_metrics"]
+    rows = metrics.get("sample_metrics")
+    if rows is None:
+        return []
     body = [[sample_name(row), *(fixed(row.get(key), digits) for key, digits in columns.values())] for row in rows]
     return [
         table(["text", *columns], body),
@@ -201,7 +216,7 @@ def sample_name(row: dict) -> str:
 def infilling(metrics: dict) -> list[str]:
     rows = [
         [NAMES[name], str(row["span"]), fixed(row["accuracy"], 3), interval(row["ci95"]), fixed(row["whole"], 3)]
-        for name, entries in metrics["infilling"].items()
+        for name, entries in metrics.get("infilling", {}).items()
         for row in entries
     ]
     caption = "Spans in the middle of validation windows, greedy. LLaDA sees both sides, GPT the left side only."

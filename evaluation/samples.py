@@ -111,19 +111,22 @@ def validation_prompts(text: str, count: int, longest: int) -> list[str]:
 def continue_prompts(
     models: dict[str, Transformer], tokenizer: SimpleTokenizer, prompts: list[str], T: int, seed: int
 ) -> list[dict]:
-    """Every prompt continued to at most T characters: by LLaDA's default sampler, by LLaDA one at a time, by GPT."""
+    """Every prompt continued to at most T tokens: by LLaDA's default sampler, by LLaDA one at a time, by GPT."""
     samplers = [
         ("llada", "default sampler (sweep)", {}),
-        ("llada", "confidence order, one character a step", {"order": "confidence"}),
+        ("llada", "confidence order, one token a step", {"order": "confidence"}),
         ("gpt", "default sampler", {}),
     ]
-    length, rows = T - max(map(len, prompts)), []
+    length, rows = max(1, T - max(len(tokenizer.encode(prompt)) for prompt in prompts)), []
     for name, sampler, settings in samplers:
         if name in models:
             with EvaluationCounter(models[name]) as counter:
                 texts = generate_texts(models[name], tokenizer, prompts, max_out_tokens=length, seed=seed, **settings)
             label = {"model": name, "sampler": sampler, "nfe": counter.nfe}
-            rows += [label | {"prompt": p, "text": t[len(p) :]} for p, t in zip(prompts, texts, strict=True)]
+            alone = models[name].config.segments == "pairs"  # the texts are completions without their prompts
+            rows += [
+                label | {"prompt": p, "text": t if alone else t[len(p) :]} for p, t in zip(prompts, texts, strict=True)
+            ]
     return rows
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import data
-from checkpoint import Checkpoint, find_checkpoints, load_checkpoint
+from checkpoint import Checkpoint, load_checkpoint
 from data import Corpus, Rows, validation_rows
 from evaluation.likelihoods import (
     likelihood_figures,
@@ -20,6 +20,7 @@ from evaluation.policies import compare_policies, compare_schedules
 from evaluation.samples import SampleMetrics, continue_prompts, measure_infilling, measure_samples, validation_prompts
 from evaluation.settings import QUICK, EvaluationSettings
 from likelihood import Likelihood, monotone
+from tokenizer import SimpleTokenizer
 from trainer import OBJECTIVES, scoring_batch_size
 from unmasking import STRIDE
 from utils.console import progress, say
@@ -33,19 +34,20 @@ PROMPTS = 3
 
 # ------------------------------------------------------------------------------------------------- what is evaluated
 def select_checkpoints(paths: list[str], device: str) -> dict[str, Checkpoint]:
-    """The checkpoints by model name, LLaDA first; without paths, those under out/.
-
-    Raises ValueError if there are none, two of one model, or of different texts.
-    """
-    found = paths or find_checkpoints()
-    if not found:
-        raise ValueError("no checkpoint under out/: train one with `python train.py`, or name its file")
+    """The checkpoints by model name, LLaDA first. Raises ValueError if two are of one model, or of different texts."""
     checkpoints: dict[str, Checkpoint] = {}
-    for checkpoint in (load_checkpoint(path, device) for path in found):
+    for checkpoint in (load_checkpoint(path, device) for path in paths):
         first = checkpoints.setdefault(checkpoint.model.name, checkpoint)
         if first is not checkpoint:
             raise ValueError(f"{first.path} and {checkpoint.path} are both {first.model.name}: give one of each")
     first, *others = checkpoints.values()
+    for other in others:
+        for what, a, b in (
+            ("segments", first.model.config.segments, other.model.config.segments),
+            ("tokenizers", first.tokenizer.to_dict(), other.tokenizer.to_dict()),
+        ):
+            if a != b:
+                raise ValueError(f"{first.path} and {other.path} have different {what}: evaluate them one at a time")
     for other in others:
         if any(other.corpus[key] != first.corpus[key] for key in ("sha256", "val_fraction")):
             texts = (
@@ -74,6 +76,11 @@ def describe_training(checkpoint: Checkpoint) -> dict:
     }
 
 
+def characters_per_window(rows: Rows) -> float:
+    """The mean number of characters in a row."""
+    return float(rows.characters.double().mean())
+
+
 # ------------------------------------------------------------------------------------------------- the evaluation
 class Stage(NamedTuple):
     """A part of the evaluation. `windows`: about how many windows the networks read in it, to show progress."""
@@ -92,6 +99,7 @@ class Evaluation:
         self.models = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
         self.llada, self.tokenizer, self.device = self.models.get("llada"), first.tokenizer, first.model.device
         self.T = min(model.config.block_size for model in self.models.values())
+        self.segments = first.model.config.segments
         self.train, self.val = corpus.split(first.corpus["val_fraction"])
         self.rows = self.spaced_rows(self.val, settings.windows)
         self.train_rows = self.spaced_rows(self.train, settings.train_windows)
@@ -99,9 +107,18 @@ class Evaluation:
 
     def spaced_rows(self, part: Tensor | list, limit: int) -> list[Rows]:
         """At most `limit` rows, evenly spaced; if the text has no more, all of them and the short last window."""
-        segments = next(iter(self.models.values())).config.segments
-        batches = validation_rows(part, self.tokenizer, self.T, segments, limit * self.T)
+        batches = validation_rows(part, self.tokenizer, self.T, self.segments, limit * self.T)
         return [rows.to(self.device) for rows in batches]
+
+    def left_out(self) -> dict[str, str]:
+        """The stages that say nothing right about these models, and why."""
+        if self.segments != "window":
+            why = f"rows of {self.segments} differ in length"
+            return dict.fromkeys(("masking curve", "positions", "policies", "sample metrics", "infilling"), why)
+        if not isinstance(self.tokenizer, SimpleTokenizer):
+            why = "a subword stands for several characters"
+            return dict.fromkeys(("positions", "characters", "sample metrics", "infilling"), why)
+        return {}
 
     def some_windows(self, limit: int) -> Tensor:
         """At most `limit` of the full validation windows, evenly spaced: (N, T)."""
@@ -122,11 +139,14 @@ class Evaluation:
         entries = {"models": {name: likelihood_figures(r, self.models[name]) for name, r in self.results.items()}}
         if len(self.results) == 2:
             entries["difference"] = paired_difference(self.results["llada"], self.results["gpt"])
-        if self.llada is not None:
-            curve = self.results["llada"].curve
+        left_out = self.left_out()
+        if self.llada is not None and "masking curve" not in left_out:
+            curve = self.results["llada"].curve * self.T / characters_per_window(self.rows[0])
             entries["masking_curve"], entries["masking_curve_fit"] = curve[1:].tolist(), monotone(curve)[1:].tolist()
-        entries["positions"] = loss_by_position(self.results, self.rows[0])
-        entries["characters"] = loss_by_character(self.results, self.rows, self.tokenizer)
+        if "positions" not in left_out:
+            entries["positions"] = loss_by_position(self.results, self.rows[0])
+        if "characters" not in left_out:
+            entries["characters"] = loss_by_character(self.results, self.rows, self.tokenizer)
         return entries
 
     def training_text(self) -> dict:
@@ -139,8 +159,9 @@ class Evaluation:
         if self.llada is None:
             return {}
         bound, policies, limit = self.results["llada"], self.settings.policies(self.T), self.settings.policy_windows
-        rows = compare_policies(self.llada, self.rows[0].tokens, limit, policies, bound, self.seed)
-        return {"schedules": compare_schedules(bound), "policies": rows}
+        rows = compare_policies(self.llada, self.rows[0], limit, policies, bound, self.seed)
+        schedules = compare_schedules(bound, characters_per_window(self.rows[0]))
+        return {"schedules": schedules, "policies": rows}
 
     def sample_metrics(self) -> dict:
         """Metrics of samples, and of as much validation text."""
@@ -152,9 +173,13 @@ class Evaluation:
         return {"sample_metrics": rows, "words_from": min(MOST_READ, len(self.train))}
 
     def samples(self) -> dict:
-        """Continuations of lines of the validation text."""
-        text = self.tokenizer.decode(self.val[:MOST_READ].numpy())
-        prompts = validation_prompts(text, PROMPTS, max(1, self.T // 4))
+        """Continuations of lines of the validation text; of pairs, completions of their prompts."""
+        if self.segments == "pairs":
+            chosen = torch.linspace(0, len(self.val) - 1, min(PROMPTS, len(self.val))).long().tolist()
+            prompts = [self.val[i].prompt for i in chosen]
+        else:
+            text = self.tokenizer.decode(self.val[:MOST_READ].numpy())
+            prompts = validation_prompts(text, PROMPTS, max(1, self.T // 4))
         return {"samples": continue_prompts(self.models, self.tokenizer, prompts, self.T, self.seed)}
 
     def infilling(self) -> dict:
@@ -168,7 +193,7 @@ class Evaluation:
         full, train = len(self.rows[0].tokens), len(self.train_rows[0].tokens)
         policy_steps = sum(policy.steps for policy in settings.policies(T))
         sample_steps = sum(kind["steps"] + STRIDE + n for kind in settings.sample_kinds(T)) + 2 * n
-        return [
+        stages = [
             Stage("likelihood", self.likelihood, full * (2 * settings.pairs + n)),
             Stage("training text", self.training_text, train * (2 * TRAIN_PAIRS + n)),
             Stage("policies", self.policies, policy_steps * min(settings.policy_windows, full)),
@@ -176,16 +201,21 @@ class Evaluation:
             Stage("samples", self.samples, PROMPTS * (T + STRIDE)),
             Stage("infilling", self.infilling, settings.infillings * (sum(SPANS) + n)),
         ]
+        return [stage for stage in stages if stage.name not in self.left_out()]
 
     def run(self) -> dict:
         """The contents of metrics.json. Each stage shows its progress, and afterwards a line with its time."""
         metrics = {
-            "corpus": self.checkpoints[next(iter(self.models))].corpus | {"characters": len(self.corpus.ids)},
+            "corpus": self.checkpoints[next(iter(self.models))].corpus | {"characters": self.corpus.characters},
             "window": self.T,
+            "segments": self.segments,
+            "left_out": self.left_out(),
             "quick": self.settings is QUICK,
             "history": {name: checkpoint.history for name, checkpoint in self.checkpoints.items()},
             "training": {name: describe_training(checkpoint) for name, checkpoint in self.checkpoints.items()},
         }
+        for name, why in self.left_out().items():
+            say(f"{name}: left out, {why}")
         began = time.monotonic()
         for stage in self.stages():
             start = time.monotonic()

@@ -9,14 +9,16 @@ from utils.console import deferred_interrupt, encoding_problem, say, write
 LEAVE = ("exit", "quit")
 
 
-def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
-    """For every line of standard input, print it and what answer(line, turn) yields, until `exit` or the end of input.
+def chat(answer: Callable[[str, int], Iterator[str]], answers: bool = False) -> None:
+    """For every line of standard input, print what answer(line, turn) yields, until `exit` or the end of input.
 
-    A ValueError that `answer` raises is shown as one line, and the next line is read. Ctrl-C ends an answer; a second
-    one, or one at the prompt, ends the chat, and so does Ctrl-D.
+    Unless the model answers prompts, it continues them, and each is printed before what was written. A ValueError that
+    `answer` raises is shown as one line, and the next line is read. Ctrl-C ends an answer; a second one, or one at the
+    prompt, ends the chat, and so does Ctrl-D.
     """
     if sys.stdin.isatty():
-        say("Enter the beginning of a text; the model continues it. Ctrl-C ends an answer, `exit` the chat.")
+        task = "a prompt; the model answers it" if answers else "the beginning of a text; the model continues it"
+        say(f"Enter {task}. Ctrl-C ends an answer, `exit` the chat.")
     try:
         for turn, prompt in enumerate(read_prompts()):
             try:
@@ -24,7 +26,7 @@ def chat(answer: Callable[[str, int], Iterator[str]]) -> None:
             except ValueError as error:
                 say(f"error: {error}")
                 continue
-            write(prompt)
+            write("" if answers else prompt)
             with deferred_interrupt() as stopping:  # stop between two pieces: torch can lose an exception raised in it
                 for piece in pieces:
                     write(piece)

@@ -15,7 +15,7 @@ from generation.infilling import MASK_PATTERN, knows, text_sampling
 from generation.text import MAX_OUT_TOKENS, Config
 from model import Transformer
 from sampler import SamplingConfig
-from tokenizer import SimpleTokenizer
+from tokenizer import Tokenizer
 from utils.errors import ArgumentError
 from utils.standard_input import input_waits, read_input
 
@@ -181,7 +181,7 @@ def decode_utf8(content: bytes, argument: str, source: str) -> str:
         raise ArgumentError(argument, problem) from None
 
 
-def opening(prompt: str, model: Transformer, tokenizer: SimpleTokenizer) -> str:
+def opening(prompt: str, model: Transformer, tokenizer: Tokenizer) -> str:
     """What the model reads before it writes: the prompt, or for an empty one a newline, which is not printed.
 
     Windows of training text begin anywhere, even within a word, and so would a text without a prompt. Segments, which

@@ -34,9 +34,9 @@ from generation.history import History
 from generation.infilling import (
     MASK_PATTERN,
     GenerationState,
+    completed_pieces,
     fill_masks,
     fill_template,
-    first_mask,
     parse_template,
     prompt_template,
 )
@@ -45,8 +45,10 @@ from generation.page import write_page
 from generation.race import race
 from generation.screen import text_stands
 from generation.text import Config, GeneratorTransformer, prompt_ids, stop_rule, stream_texts
+from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
 from utils.console import counted, progress, say, write
+from utils.counter import EvaluationCounter
 from utils.devices import pick_device
 from utils.errors import ArgumentError
 from utils.standard_input import read_input
@@ -104,7 +106,7 @@ def print_decoded(writer: GeneratorTransformer, args: Namespace) -> None:
     prompt = opening(args.prompt, writer.model, writer.tokenizer)
     pieces = stream(writer, [prompt] * args.num_samples, make_config(args, writer.model), args, args.seed)
     if args.num_samples == 1:
-        write(args.prompt)
+        write(shown_prompt(args, writer.model))
         characters = 0
         for [piece] in pieces:
             write(piece)
@@ -112,34 +114,32 @@ def print_decoded(writer: GeneratorTransformer, args: Namespace) -> None:
         write("\n")
     else:
         texts = ["".join(text) for text in zip(*pieces, strict=True)]
-        write_texts([args.prompt + text for text in texts])
+        write_texts([shown_prompt(args, writer.model) + text for text in texts])
         characters = sum(map(len, texts))
     say_speed(characters, time.perf_counter() - start)
 
 
 def stream(
-    writer: GeneratorTransformer, prompts: list[str], config: Config, args: Namespace, seed: int
+    writer: GeneratorTransformer, prompts: list[str], config: Config, args: Namespace, seed: int, history=()
 ) -> Iterator[list[str]]:
-    """The pieces of one text for each prompt."""
-    stop, length = args.stop or (), args.max_out_tokens
-    return stream_texts(writer.model, writer.tokenizer, prompts, config, max_out_tokens=length, seed=seed, stop=stop)
+    """The pieces of one text for each prompt. history: see `stream_texts`."""
+    arguments = {"max_out_tokens": args.max_out_tokens, "seed": seed, "stop": args.stop or (), "history": history}
+    return stream_texts(writer.model, writer.tokenizer, prompts, config, **arguments)
 
 
 def print_filled(writer: GeneratorTransformer, args: Namespace) -> None:
     """LLaDA: one text as it becomes complete from the left, or several at the end."""
     template, hidden = make_template(args, writer)
-    start, shown, config = time.perf_counter(), hidden, make_config(args, writer.model)
-    streaming = args.num_samples == 1 and config.remask is None
-    for state in fill(writer, args, [template] * args.num_samples):
-        if streaming:
-            end = first_mask(state.texts[0], shown)
-            write(writer.tokenizer.decode(state.texts[0][shown:end]))
-            shown = end
-    texts = [text[hidden:] for text in state.texts]
-    if streaming:
-        texts[0] = state.texts[0][shown:]
-    write_texts([writer.tokenizer.decode(text) for text in texts])
-    say_speed(args.num_samples * int((template == MASK_ID).sum()), time.perf_counter() - start, state.nfe)
+    start, at_end, n = time.perf_counter(), make_config(args, writer.model).remask is not None, args.num_samples
+    given, texts = writer.tokenizer.decode(template[hidden:][template[hidden:] != MASK_ID]), [""] * n
+    with EvaluationCounter(writer.model) as counter:
+        states = fill(writer, args, [template] * n)
+        for pieces in completed_pieces(states, writer.tokenizer, [hidden] * n, at_end):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            if n == 1:
+                write(pieces[0])
+    write_texts([""] if n == 1 else texts)
+    say_speed(sum(len(text) - len(given) for text in texts), time.perf_counter() - start, counter.nfe)
 
 
 def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor, int]:
@@ -149,8 +149,8 @@ def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor
     """
     if args.infill is None:
         prompt = opening(args.prompt, writer.model, writer.tokenizer)
-        template = prompt_template(prompt, args.max_out_tokens, writer.tokenizer)
-        return template, 0 if prompt == args.prompt else len(template) - args.max_out_tokens
+        template, given = prompt_template(prompt, args.max_out_tokens, writer.model, writer.tokenizer)
+        return template, 0 if prompt == shown_prompt(args, writer.model) else given
     template = parse_template(args.infill, writer.tokenizer)
     if not (template == MASK_ID).any():
         raise ArgumentError("infill", NO_MASKS)
@@ -160,7 +160,8 @@ def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor
 def fill(writer: GeneratorTransformer, args: Namespace, templates: list[Tensor]) -> Iterator[GenerationState]:
     """The states of `fill_masks` with the settings and the seed of the flags."""
     generator = torch.Generator().manual_seed(args.seed)
-    return fill_masks(writer.model, templates, make_config(args, writer.model), generator=generator)
+    config, may_end = make_config(args, writer.model), not is_template(args)
+    return fill_masks(writer.model, templates, config, generator=generator, may_end=may_end)
 
 
 def print_file(writer: GeneratorTransformer, args: Namespace) -> None:
@@ -214,10 +215,11 @@ def print_viewed(writer: GeneratorTransformer, args: Namespace) -> None:
         if model.causal:
             columns = list(follow(writer, args, ids, view))
             nfe, tails = len(columns), [tokenizer.decode(row) for row in torch.stack(columns, 1).cpu()]
-            characters, texts = sum(map(len, tails)), [args.prompt + tail for tail in tails]
+            characters, texts = sum(map(len, tails)), [shown_prompt(args, model) + tail for tail in tails]
         else:
             [state] = deque(follow(writer, args, ids, view), maxlen=1)
-            nfe, characters = state.nfe, n * int((ids == MASK_ID).sum())
+            nfe, written = state.nfe, [text[ids == MASK_ID] for text in state.texts]
+            characters = sum(len(tokenizer.decode(text)) for text in written)
             texts = [tokenizer.decode(text[hidden:]) for text in state.texts]
     if not (args.watch and n == 1 and text_stands()):
         write_texts(texts)
@@ -248,8 +250,13 @@ def beginning(writer: GeneratorTransformer, args: Namespace) -> tuple[Tensor, in
     if not writer.model.causal:
         return make_template(args, writer)
     prompt = opening(args.prompt, writer.model, writer.tokenizer)
-    ids = prompt_ids(writer.tokenizer, prompt)
-    return ids, 0 if prompt == args.prompt else len(ids) - 1  # [START] has no position
+    ids = prompt_ids(writer.model, writer.tokenizer, prompt)
+    return ids, 0 if prompt == shown_prompt(args, writer.model) else len(ids) - 1  # the first [START] has no position
+
+
+def shown_prompt(args: Namespace, model: Transformer) -> str:
+    """The part of the text that --prompt gives. A model of pairs answers with the completion alone."""
+    return "" if model.config.segments == "pairs" else args.prompt
 
 
 def follow(
@@ -284,26 +291,35 @@ def save_views(args: Namespace, histories: Sequence[History]) -> None:
 
 # ------------------------------------------------------------------------------------------------- other modes
 def answer_prompts(writer: GeneratorTransformer, args: Namespace) -> None:
-    """--chat. Each turn has its own seed."""
-    config = make_config(args, writer.model)
+    """--chat. Each turn has its own seed. A model of pairs sees the conversation, others only the latest prompt."""
+    config, answers = make_config(args, writer.model), writer.model.config.segments == "pairs"
+    history: list[tuple[str, str]] = []
 
     def answer(prompt: str, turn: int) -> Iterator[str]:
         refuse_masks(prompt)
-        return (piece for [piece] in stream(writer, [prompt], config, args, args.seed + turn))
+        pieces = stream(writer, [prompt], config, args, args.seed + turn, history)
+        return remembered(prompt, pieces) if answers else (piece for [piece] in pieces)
+
+    def remembered(prompt: str, pieces: Iterator[list[str]]) -> Iterator[str]:
+        history.append((prompt, ""))
+        for [piece] in pieces:
+            history[-1] = prompt, history[-1][1] + piece
+            yield piece
 
     answer("", 0)  # raises now for settings that no turn would accept
-    chat(answer)
+    chat(answer, answers)
 
 
 def print_beams(writer: GeneratorTransformer, args: Namespace) -> None:
     """The best texts of a beam search; their scores on standard error."""
     config = make_beam_config(args, writer.model)
     prompt = opening(args.prompt, writer.model, writer.tokenizer)
-    ids = prompt_ids(writer.tokenizer, prompt)
+    ids = prompt_ids(writer.model, writer.tokenizer, prompt)
     found = beam_search(writer.model, ids, config, max_out_tokens=args.max_out_tokens)
     for rank, (_, score) in enumerate(found, 1):
         say(f"beam {rank}: score {score:.4f}")
-    write_texts([args.prompt + writer.tokenizer.decode(text[len(ids) :].cpu()) for text, _ in found], "beam")
+    beginning = shown_prompt(args, writer.model)
+    write_texts([beginning + writer.tokenizer.decode(text[len(ids) :].cpu()) for text, _ in found], "beam")
 
 
 def print_next_tokens(writer: GeneratorTransformer, args: Namespace) -> None:
@@ -313,8 +329,11 @@ def print_next_tokens(writer: GeneratorTransformer, args: Namespace) -> None:
     """
     text = args.prompt if args.infill is None else args.infill
     if writer.model.causal:
-        ids = prompt_ids(writer.tokenizer, text)
+        ids = prompt_ids(writer.model, writer.tokenizer, text)
         tables = {"": writer.next_tokens(text, args.top, args.context_len)}
+    elif args.infill is None and not MASK_PATTERN.search(text):
+        ids, _ = prompt_template(text, 1, writer.model, writer.tokenizer)
+        tables = {f"[MASK] at position {len(ids) - 1}": writer.next_tokens(text, args.top)}
     else:
         template = text if MASK_PATTERN.search(text) else text + "[MASK]"
         ids = parse_template(template, writer.tokenizer)

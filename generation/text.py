@@ -1,8 +1,11 @@
 """Text in, text out, with either model: functions, and `GeneratorTransformer` for a trained model.
 
+A model of segments ends its texts itself. A model of pairs reads a prompt and writes the completion alone.
+
 The arguments have the same names everywhere:
-    max_out_tokens: characters to write after each prompt, at most.
+    max_out_tokens: tokens (with a tokenizer of characters: characters) to write after each prompt, at most.
     seed: the same seed gives the same text.
+    history: for a model of pairs, the earlier (prompt, completion)s of a conversation, see `infilling.given_ids`.
     stop: a string, or several: GPT ends a text after the first of them, which stays part of it.
     settings: fields of autoregressive.DecodingConfig (GPT) or sampler.SamplingConfig (LLaDA): temperature, top_k,
         top_p, repetition_penalty, slide; GPT also context_len; LLaDA also steps, order, schedule, block_length, ...
@@ -11,29 +14,31 @@ A setting that the model does not have raises TypeError. Bad values and unknown 
 ArgumentError where it names an argument), at the call and before anything is written.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive import DecodingConfig, SlidingContext, beam_search, decode
 from checkpoint import load_checkpoint
 from generation.infilling import (
+    answer_room,
     completed_pieces,
-    encode,
     fill_masks,
+    given_ids,
     mask_predictor,
     parse_template,
     prompt_template,
     text_sampling,
 )
 from logits import in_float64
-from model import Transformer
+from model import Transformer, merge_lora
 from sampler import SamplingConfig
-from tokenizer import MASK_ID, START_ID, SimpleTokenizer
+from tokenizer import MASK_ID, START_ID, StreamDecoder, Tokenizer
 from utils.errors import ArgumentError, check_number
 
 MAX_OUT_TOKENS = 200  # default
@@ -41,8 +46,8 @@ Config = SamplingConfig | DecodingConfig
 
 
 # ------------------------------------------------------------------------------------------------- functions
-def generate_text(model: Transformer, tokenizer: SimpleTokenizer, prompt: str = "", config=None, **arguments) -> str:
-    """The prompt and what the model writes after it.
+def generate_text(model: Transformer, tokenizer: Tokenizer, prompt: str = "", config=None, **arguments) -> str:
+    """The prompt and what the model writes after it; of a model of pairs, what it writes alone.
 
     arguments: max_out_tokens, seed, stop and settings, see the top of this module.
     """
@@ -50,14 +55,14 @@ def generate_text(model: Transformer, tokenizer: SimpleTokenizer, prompt: str = 
 
 
 def generate_texts(
-    model: Transformer, tokenizer: SimpleTokenizer, prompts: Sequence[str], config: Config | None = None, **arguments
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], config: Config | None = None, **arguments
 ) -> list[str]:
-    """Each prompt, of any length, with what the model writes after it, as one batch.
+    """Each prompt, of any length, with what the model writes after it, as one batch; of pairs, the completions alone.
 
     A text depends on its prompt, the seed and how many equal prompts stand before it, not on the rest of the batch.
     arguments: max_out_tokens, seed, stop and settings, see the top of this module.
     """
-    texts = list(prompts)
+    texts = [""] * len(prompts) if model.config.segments == "pairs" else list(prompts)
     for pieces in stream_texts(model, tokenizer, prompts, config, **arguments):
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     return texts
@@ -65,18 +70,19 @@ def generate_texts(
 
 def stream_texts(
     model: Transformer,
-    tokenizer: SimpleTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     config: Config | None = None,
     *,
     max_out_tokens: int = MAX_OUT_TOKENS,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    history: Sequence[tuple[str, str]] = (),
     **settings,
 ) -> Iterator[list[str]]:
     """Yield the next piece of each text as it is written, without the prompts; "" where there is none.
 
-    GPT's pieces are single characters. LLaDA's are whatever has become complete from the left; with remasking, one
+    GPT's pieces are single tokens. LLaDA's are whatever has become complete from the left; with remasking, one
     piece at the end. Arguments: see the top of this module.
     """
     config = config_for(model, config, settings)
@@ -85,23 +91,34 @@ def stream_texts(
     if not model.causal:
         if stops:
             raise ArgumentError("stop", "needs a GPT model: LLaDA does not write from left to right")
-        templates = [prompt_template(prompt, max_out_tokens, tokenizer) for prompt in prompts]
-        states = fill_masks(model, templates, config, generator=generator)
-        return completed_pieces(states, tokenizer, list(map(len, prompts)), at_end=config.remask is not None)
+        templates = [prompt_template(prompt, max_out_tokens, model, tokenizer, history) for prompt in prompts]
+        states = fill_masks(model, [ids for ids, _ in templates], config, generator=generator, may_end=True)
+        given = [length for _, length in templates]
+        return completed_pieces(states, tokenizer, given, at_end=config.remask is not None)
     columns = decode(
         model,
-        [prompt_ids(tokenizer, prompt) for prompt in prompts],
+        [prompt_ids(model, tokenizer, prompt, history, answer_room(model, max_out_tokens)) for prompt in prompts],
         config,
         max_out_tokens=max_out_tokens,
         generator=generator,
         stop=stop_rule(stops, tokenizer),
     )
-    return ([tokenizer.decode([token]) for token in column.tolist()] for column in columns)
+    return decoded_pieces(columns, tokenizer, len(prompts))
+
+
+def decoded_pieces(columns: Iterable[Tensor], tokenizer: Tokenizer, count: int) -> Iterator[list[str]]:
+    """The text of each column (B,) of tokens, never half of a character; B = count."""
+    decoders = [StreamDecoder(tokenizer) for _ in range(count)]
+    for column in columns:
+        yield [decoder.push([token]) for decoder, token in zip(decoders, column.tolist(), strict=True)]
+    last = [decoder.flush() for decoder in decoders]
+    if any(last):
+        yield last
 
 
 def infill(
     model: Transformer,
-    tokenizer: SimpleTokenizer,
+    tokenizer: Tokenizer,
     template: str | Sequence[str],
     config: SamplingConfig | None = None,
     *,
@@ -115,6 +132,8 @@ def infill(
     """
     if model.causal:
         raise ValueError("infilling needs a LLaDA model: GPT writes from left to right only")
+    if model.config.segments == "pairs":
+        raise ValueError("a model of pairs fills no templates: give it a prompt")
     templates = [template] if isinstance(template, str) else template
     ids = [parse_template(text, tokenizer) for text in templates]
     generator = torch.Generator().manual_seed(seed)
@@ -137,29 +156,30 @@ def config_for(model: Transformer, config: Config | None, settings: dict) -> Con
     return DecodingConfig(**settings) if model.causal else text_sampling(**settings)
 
 
-def prompt_ids(tokenizer: SimpleTokenizer, prompt: str) -> Tensor:
-    """(1 + len(prompt),) ids for GPT: [START] opens every text. Raises ValueError for unknown characters."""
-    return torch.cat([torch.tensor([START_ID]), encode(prompt, tokenizer)])
+def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str, history=(), room: int = 1) -> Tensor:
+    """(T,) ids for GPT: [START] opens every text. history, room, and what is raised: see `infilling.given_ids`."""
+    return F.pad(given_ids(prompt, model, tokenizer, history, room), (1, 0), value=START_ID)
 
 
-def stop_rule(stops: Sequence[str], tokenizer: SimpleTokenizer) -> Callable[[list[int]], bool] | None:
+def stop_rule(stops: Sequence[str], tokenizer: Tokenizer) -> Callable[[list[int]], bool] | None:
     """The rule `stop` of `decode` that ends a text after any of the strings. Raises ArgumentError for an empty one."""
     if "" in stops:
         raise ArgumentError("stop", "must not be an empty string")
     return partial(ends_in, stops, tokenizer) if stops else None
 
 
-def ends_in(strings: Sequence[str], tokenizer: SimpleTokenizer, written: list[int]) -> bool:
+def ends_in(strings: Sequence[str], tokenizer: Tokenizer, written: list[int]) -> bool:
     """Whether the newest of the written ids completes one of the strings."""
-    tail = tokenizer.decode(written[-max(map(len, strings)) :])  # every id is one character at least
+    tail = tokenizer.decode(written[-max(len(string.encode()) for string in strings) :])  # an id is a byte at least
     return any(string in tail for string in strings)
 
 
 # ------------------------------------------------------------------------------------------------- a trained model
 class GeneratorTransformer:
-    """A trained model of either kind and its tokenizer. Prompts and results are text."""
+    """A trained model of either kind and its tokenizer. Prompts and results are text. Adapters are merged."""
 
-    def __init__(self, model: Transformer, tokenizer: SimpleTokenizer):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        model = merge_lora(model) if model.config.lora_rank else model
         self.model, self.tokenizer = model.eval(), tokenizer
 
     @classmethod
@@ -203,7 +223,7 @@ class GeneratorTransformer:
         Texts include the prompt. settings: fields of autoregressive.BeamConfig, such as length_penalty, early_stopping
         and num_return. Raises ArgumentError for bad values and ValueError for a LLaDA model.
         """
-        ids = prompt_ids(self.tokenizer, prompt)
+        ids = prompt_ids(self.model, self.tokenizer, prompt)
         found = beam_search(self.model, ids, num_beams=num_beams, max_out_tokens=max_out_tokens, **settings)
         return [(self.tokenizer.decode(ids.cpu()), score) for ids, score in found]
 
@@ -211,8 +231,9 @@ class GeneratorTransformer:
     def next_tokens(self, prompt: str = "", k: int = 10, context_len: int | None = None) -> list[tuple[str, float]]:
         """The k likeliest next tokens with their probabilities, likeliest first; of LLaDA, for a [MASK] at the end."""
         if not self.model.causal:
-            return self.tokens_at_masks(prompt + "[MASK]", k)[-1][1]
-        context = SlidingContext(self.model, [prompt_ids(self.tokenizer, prompt)], 0, context_len)
+            ids, _ = prompt_template(prompt, 1, self.model, self.tokenizer)
+            return self.tables_of(ids, k, may_end=True)[-1][1]
+        context = SlidingContext(self.model, [prompt_ids(self.model, self.tokenizer, prompt)], 0, context_len)
         return self.likeliest(context.next_logits()[0], k)
 
     @torch.inference_mode()
@@ -221,8 +242,12 @@ class GeneratorTransformer:
 
         Of a template longer than block_size, the block_size characters around each [MASK] are used.
         """
-        ids = parse_template(template, self.tokenizer)
-        size, tables, predict = self.model.config.block_size, [], mask_predictor(self.model)
+        return self.tables_of(parse_template(template, self.tokenizer), k)
+
+    def tables_of(self, ids: Tensor, k: int, may_end: bool = False) -> list[tuple[int, list[tuple[str, float]]]]:
+        """As `tokens_at_masks`, for the ids (T,) of a template."""
+        predict, tables = mask_predictor(self.model, may_end and self.model.is_segmented), []
+        size = self.model.config.block_size - self.model.is_segmented
         for position in (ids == MASK_ID).nonzero()[:, 0].tolist():
             start = max(0, min(position - size // 2, len(ids) - size))
             logits = predict(ids[None, start : start + size])[0, position - start]

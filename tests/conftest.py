@@ -1,8 +1,11 @@
 """Fixtures of several tests: a small text, and a function that runs the programs as a user does."""
 
+import io
 import os
+import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,31 @@ def corpus_file(tmp_path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text("".join(f"{i}: the king is {['dead', 'alive'][i % 2]}.\n" for i in range(350)))
     return path
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script("train.py", "--steps", "3") runs a program in this process, which needs no second import of torch.
+
+    Returns its standard output and its messages. stdin: its standard input; check: its exit code.
+    """
+
+    def call(program: str, *arguments: str, stdin: str = "", check: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(time, "process_time", lambda: 0.0)  # --minutes counts the time since the process began
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            torch.set_flush_denormal(False)  # train.py turns them off; other tests in this process keep them
+        output, messages = capsys.readouterr()
+        assert status == check, messages
+        return output, messages
+
+    return call
 
 
 @pytest.fixture

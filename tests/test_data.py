@@ -3,6 +3,7 @@
 import hashlib
 import json
 import mmap
+import random
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -150,6 +151,24 @@ def test_large_texts_are_mapped_and_hold_the_same_ids(tmp_path, monkeypatch):
     changed = load_corpus(str(path))
     assert changed.tokenizer.decode(changed.ids[:18]) == "quite another text"
     assert json.loads(path.with_name("large.txt.ids.json").read_text())["sha256"] == changed.sha256
+
+
+@pytest.mark.parametrize("damaged", ["large.txt.ids", "large.txt.ids.json"])
+def test_a_damaged_cache_of_ids_is_built_again(tmp_path, monkeypatch, damaged):
+    path = tmp_path / "large.txt"
+    path.write_text("long live the king " * 20)
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    whole, draw = load_corpus(str(path)), random.Random(0)
+    content, whole_note = (tmp_path / damaged).read_bytes(), (tmp_path / "large.txt.ids.json").read_text()
+    ids = whole.ids.clone()  # the mapping shows the changes of the file
+    bits = [(i, 1 << draw.randrange(8)) for i in range(len(content))]
+    flipped = [content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i, bit in bits]
+    for other in (*flipped, content[:-1], content + b"\n", b""):
+        (tmp_path / damaged).write_bytes(other)
+        again = load_corpus(str(path))
+        assert torch.equal(again.ids, ids)
+        assert (again.sha256, again.tokenizer.to_dict()) == (whole.sha256, whole.tokenizer.to_dict())
+        assert json.loads((tmp_path / "large.txt.ids.json").read_text()) == json.loads(whole_note)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")

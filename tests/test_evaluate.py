@@ -15,7 +15,7 @@ from toy import MASK, TablePredictor, all_strings
 import evaluate
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from data import load_corpus
+from data import Rows, load_corpus
 from evaluation.likelihoods import compare_estimators, mean_and_interval, paired_difference
 from evaluation.plots import PICTURES
 from evaluation.policies import compare_policies, compare_schedules
@@ -270,7 +270,7 @@ def test_optimal_schedules_are_scored_on_windows_that_did_not_choose_them():
     generator = torch.Generator().manual_seed(0)
     predict, windows = TablePredictor(), all_strings()[torch.randint(81, (300,), generator=generator)]
     bound = likelihood_bound(predict, [windows], MASK, pairs=2, generator=generator)
-    rows = compare_schedules(bound)
+    rows = compare_schedules(bound, 4)
     assert [row["counts"] for row in rows["optimal"]][-1] == [1, 1, 1, 1]
     for row in (rows["uniform"][-1], rows["optimal"][-1]):
         assert row["nats_per_char"] == pytest.approx(bound.nats_per_char, rel=1e-9)
@@ -278,10 +278,10 @@ def test_optimal_schedules_are_scored_on_windows_that_did_not_choose_them():
     counts, means, hidden = bound.draws
     noise = torch.randn(means.shape, generator=generator, dtype=torch.float64)
     bound.draws = counts, 1 + noise, torch.ones_like(hidden)
-    for row in compare_schedules(bound)["optimal"]:
+    for row in compare_schedules(bound, 4)["optimal"]:
         assert row["nats_per_char"] - bound.curve.mean() * 5 / 4 >= -0.1
     alone = likelihood_bound(predict, [windows[:1]], MASK, pairs=2, generator=generator)
-    rows = compare_schedules(alone)
+    rows = compare_schedules(alone, 4)
     assert "optimal" not in rows
     assert rows["uniform"][0]["ci95"] is None
 
@@ -304,7 +304,8 @@ def test_policies_are_compared_over_the_same_windows(runs):
     windows = val[: 20 * T].view(20, T)
     bound = likelihood_bound(llada, [windows], MASK_ID, pairs=4, generator=torch.Generator().manual_seed(0))
     policies = [UnmaskingPolicy(4, "sweep"), UnmaskingPolicy(4, "confidence"), UnmaskingPolicy(4, "random")]
-    rows = compare_policies(llada, windows, 5, policies, bound, seed=0)
+    of_characters = Rows(windows, torch.full((20,), T))
+    rows = compare_policies(llada, of_characters, 5, policies, bound, seed=0)
     chosen = windows[[0, 4, 9, 14, 19]]
     sweep, confidence = (
         policy_likelihood(mask_predictor(llada), chosen, policy, MASK_ID)[0].window_nats / T for policy in policies[:2]
@@ -323,9 +324,15 @@ def test_policies_are_compared_over_the_same_windows(runs):
     half = (2.776**2 * variances[0] + 2.093**2 * variances[1]).sqrt().item()  # 4 and 19 degrees of freedom
     low, high = rows[0]["ci95"]
     assert (high - low) / 2 == pytest.approx(half, rel=0.01)
-    everything = compare_policies(llada, windows, 20, policies[:1], bound, seed=0)[0]  # nothing is extrapolated
+    everything = compare_policies(llada, of_characters, 20, policies[:1], bound, seed=0)[0]  # nothing is extrapolated
     nats = policy_likelihood(mask_predictor(llada), windows, policies[0], MASK_ID)[0].window_nats / T
-    assert (everything["nats_per_char"], everything["ci95"]) == mean_and_interval(nats)
+    figure, ci95 = mean_and_interval(nats)
+    assert everything["nats_per_char"] == pytest.approx(figure)
+    assert everything["ci95"] == pytest.approx(ci95)
+    halved = compare_policies(llada, Rows(windows, torch.full((20,), 2 * T)), 5, policies, bound, seed=0)
+    for row, half in zip(rows, halved, strict=True):  # a token of two characters: half the nats/char
+        for key in ("nats_per_char", "difference", "ci95", "difference_ci95"):
+            assert half[key] == pytest.approx(torch.tensor(row[key]).div(2).tolist(), abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- settings, counter

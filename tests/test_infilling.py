@@ -31,11 +31,11 @@ def masks(n: int) -> torch.Tensor:
     return torch.full((n,), MASK_ID)
 
 
-def test_a_template_is_text_with_counted_masks():
+def test_a_template_is_text_with_counted_masks(model):
     a, b = TOKENIZER.char_to_id["a"], TOKENIZER.char_to_id["b"]
     assert parse_template("ab[MASK*3]b[MASK]", TOKENIZER).tolist() == [a, b, 1, 1, 1, b, 1]
-    assert prompt_template("[MASK]a", 2, TOKENIZER).tolist()[6:] == [a, 1, 1]  # a prompt is taken literally
-    assert TOKENIZER.decode(prompt_template("[MASK]a", 2, TOKENIZER)) == "[MASK]a"
+    assert prompt_template("[MASK]a", 2, model, TOKENIZER)[0].tolist()[6:] == [a, 1, 1]  # a prompt is taken literally
+    assert TOKENIZER.decode(prompt_template("[MASK]a", 2, model, TOKENIZER)[0]) == "[MASK]a"
     with pytest.raises(ValueError, match="unknown character 'z'"):
         parse_template("a[MASK]z", TOKENIZER)
 

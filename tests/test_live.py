@@ -203,7 +203,8 @@ def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, leng
 
 
 def test_a_view_changes_nothing_and_shows_the_windows_of_a_long_text():
-    model, template = random_model("llada"), prompt_template("abc", 40, TOKENIZER)
+    model = random_model("llada")
+    template = prompt_template("abc", 40, model, TOKENIZER)[0]
     expected = [state.texts[1].clone() for state in fill_masks(model, [template] * 2, generator=generator())]
     seen, windows = [], []
     with View(pause=0) as view:
@@ -220,7 +221,7 @@ def test_a_view_changes_nothing_and_shows_the_windows_of_a_long_text():
 
 def test_decoding_passes_all_columns_on_even_if_the_first_text_ends(capsys):
     model = random_model("gpt")
-    prompts = [prompt_ids(TOKENIZER, prompt) for prompt in ("ab", "c")]
+    prompts = [prompt_ids(model, TOKENIZER, prompt) for prompt in ("ab", "c")]
 
     def columns():
         for n, column in enumerate(decode(model, prompts, max_out_tokens=9, generator=generator())):
@@ -261,7 +262,8 @@ def test_the_view_fits_the_screen(size):
 
 # ------------------------------------------------------------------------------------------------- the terminal
 def test_the_finished_text_stands_once_at_the_end_of_the_terminal(terminal):
-    model, template = random_model("llada"), prompt_template("a\x1bb\n", 60, TOKENIZER)
+    model = random_model("llada")
+    template = prompt_template("a\x1bb\n", 60, model, TOKENIZER)[0]
     with terminal() as output:
         assert text_stands()
         with View(pause=0.01) as view:
@@ -342,7 +344,8 @@ def test_a_replay_keeps_the_common_clock_and_ends_with_both_texts(clock, size):
 
 def test_a_race_on_a_terminal_leaves_both_texts(terminal, monkeypatch):
     monkeypatch.setattr(race, "REPLAY_SECONDS", 0.3)
-    model, template = random_model("llada"), prompt_template("ab", 20, TOKENIZER)
+    model = random_model("llada")
+    template = prompt_template("ab", 20, model, TOKENIZER)[0]
 
     def run(label):
         return record_filling(fill_masks(model, [template], generator=generator()), template, TOKENIZER, label)

@@ -41,7 +41,8 @@ def filled(template: str, **settings) -> History:
 
 
 def decoded(prompt: str, max_out_tokens: int) -> History:
-    model, ids = random_model("gpt"), prompt_ids(TOKENIZER, prompt)
+    model = random_model("gpt")
+    ids = prompt_ids(model, TOKENIZER, prompt)
     columns = decode(model, [ids], max_out_tokens=max_out_tokens)
     *_, history = record_decoding(columns, model, ids, TOKENIZER)
     return history
@@ -103,7 +104,8 @@ def test_candidates_are_the_networks_probabilities_when_the_token_was_written():
 
 
 def test_decoding_is_recorded_a_token_a_step_and_leaves_no_hook():
-    model, ids = random_model("gpt"), prompt_ids(TOKENIZER, "ab")
+    model = random_model("gpt")
+    ids = prompt_ids(model, TOKENIZER, "ab")
     columns = [int(column[0]) for column in decode(model, [ids], max_out_tokens=25)]  # beyond the context
     with EvaluationCounter(model) as counter:
         recorded = record_decoding(decode(model, [ids], max_out_tokens=25), model, ids, TOKENIZER)

@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
 from toy import MASK, TablePredictor, all_masks, all_strings, cross_entropies
 
-from autoregressive import CausalObjective
+from autoregressive import CausalObjective, exact_nll
 from data import (
     SEPARATORS,
     Corpus,
@@ -24,9 +26,12 @@ from data import (
     validation_rows,
 )
 from diffusion import DiffusionObjective, full_context
+from generation.infilling import fill_masks, given_ids, mask_predictor, text_sampling
+from generation.text import generate_texts
 from likelihood import conditional_bound
 from model import ENCODERS, GPT, LLaDAModel, ModelConfig
 from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID, SimpleTokenizer
+from utils.errors import ArgumentError
 
 A, B = 4, 5  # the two characters of the toy
 TEXTS = [
@@ -143,8 +148,6 @@ def test_missing_empty_and_too_long_pairs_are_refused(tmp_path):
         load_pairs(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="pair 'aaaa' takes 10 tokens, more than the context of 9"):
         pair_rows([Pair("aaaa", "aaa")], SimpleTokenizer("a"), 8)
-    with pytest.raises(ValueError, match="no pairs in one of the parts"):
-        pair_rows([], SimpleTokenizer("a"), 8)
 
 
 # ------------------------------------------------------------------------------------------------- what is learned
@@ -285,3 +288,109 @@ def test_the_corpus_splits_before_it_is_cut_into_segments():
     corpus = Corpus("README", "", tokenizer, torch.from_numpy(tokenizer.encode(text)))
     parts = [make_dataset(part, tokenizer, 64, "paragraph") for part in corpus.split(0.2)]
     assert sum(int(part.characters.sum()) for part in parts) == len(text)
+
+
+# ------------------------------------------------------------------------------------------------- texts that end
+TOKENIZER = SimpleTokenizer("ab")
+
+
+def frequencies(model, count: int = 3000, **settings) -> dict[str, float]:
+    texts = generate_texts(model, TOKENIZER, [""] * count, max_out_tokens=3, **settings)
+    return {text: texts.count(text) / count for text in set(texts)}
+
+
+def possible_texts() -> list[str]:
+    return ["".join(text) for n in range(4) for text in itertools.product("ab", repeat=n)]
+
+
+def test_gpt_writes_segments_with_their_likelihood():
+    model = random_model(GPT, block_size=4)
+    expected = {}
+    for text in possible_texts():
+        row = torch.tensor([*TOKENIZER.encode(text).tolist(), END_ID][:3])  # three tokens need no [END]
+        expected[text] = math.exp(-float(exact_nll(model, row[None], START_ID).sum()))
+    assert sum(expected.values()) == pytest.approx(1)
+    found = frequencies(model)
+    assert all(found.get(text, 0) == pytest.approx(p, abs=0.035) for text, p in expected.items())
+
+
+def test_llada_writes_segments_with_their_likelihood():
+    """From left to right, so that what stands behind the [END] plays no part."""
+    model = random_model(LLaDAModel, block_size=4)
+    predict, expected = mask_predictor(model, may_end=True), {}
+    for text in possible_texts():
+        row = torch.tensor([*TOKENIZER.encode(text).tolist(), END_ID][:3])
+        p = 1.0
+        for i, token in enumerate(row.tolist()):
+            seen = torch.cat([row[:i], torch.full((3 - i,), MASK_ID)])
+            p *= predict(seen[None])[0, i].softmax(-1)[token].item()
+        expected[text] = p
+    assert sum(expected.values()) == pytest.approx(1)
+    found = frequencies(model, order="left")
+    assert all(found.get(text, 0) == pytest.approx(p, abs=0.035) for text, p in expected.items())
+
+
+def test_llada_reads_a_segment_as_it_learned_it():
+    """[START], the text and [END]s, wherever the text stands in a padded batch."""
+    model, seen = random_model(LLaDAModel, block_size=6), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    rows = torch.tensor([[PAD_ID, PAD_ID, A, MASK_ID], [A, B, MASK_ID, B]])
+    logits = mask_predictor(model, may_end=True)(rows)
+    contexts = [[START_ID, A, MASK_ID, END_ID, END_ID, END_ID], [START_ID, A, B, MASK_ID, B, END_ID]]
+    assert seen[0].tolist() == contexts
+    direct = model(torch.tensor(contexts))
+    assert torch.equal(logits[0, 2:], direct[0, 1:3])
+    assert torch.equal(logits[1], direct[1, 1:5])
+    assert (mask_predictor(model)(rows)[..., END_ID] == -torch.inf).all()  # templates are exact
+
+
+@pytest.mark.parametrize("settings", [{}, {"order": "confidence", "steps": 3}, {"remask": "conf", "steps": 9}])
+def test_texts_are_cut_at_the_first_end(settings):
+    model, template = random_model(LLaDAModel, block_size=12), torch.tensor([A] + [MASK_ID] * 8)
+    *_, state = fill_masks(model, [template] * 40, text_sampling(**settings), may_end=True)
+    ended = 0
+    for text in state.texts:
+        ids = text.tolist()
+        end = ids.index(END_ID) if END_ID in ids else len(ids)
+        assert set(ids[end:]) <= {END_ID}
+        ended += end < len(ids) - 1
+    assert ended  # else this test shows nothing
+    texts = generate_texts(model, TOKENIZER, ["a"] * 40, max_out_tokens=8, **settings)
+    assert len(set(map(len, texts))) > 1
+    *_, state = fill_masks(model, [template] * 40, text_sampling(**settings))
+    assert not (torch.stack(state.texts) == END_ID).any()
+
+
+def pairs_model(model_class, block_size: int = 16):
+    model = random_model(model_class, block_size)
+    model.config = replace(model.config, segments="pairs")
+    return model
+
+
+def test_the_prompt_of_a_pair_ends_with_start_and_the_newest_of_a_conversation_stand_before_it():
+    model, history = pairs_model(LLaDAModel), [("a", "b"), ("ab", "ba")]
+    assert given_ids("b", model, TOKENIZER).tolist() == [B, START_ID]
+    newest = [A, B, START_ID, B, A, END_ID, START_ID, B, START_ID]
+    assert given_ids("b", model, TOKENIZER, history, room=2).tolist() == newest
+    oldest = [A, START_ID, B, END_ID, START_ID]
+    assert given_ids("b", model, TOKENIZER, history, room=1).tolist() == oldest + newest
+    assert given_ids("b", model, TOKENIZER, history, room=8).tolist() == [B, START_ID]
+
+
+@pytest.mark.parametrize("model_class", [GPT, LLaDAModel])
+def test_a_model_of_pairs_writes_completions_alone_and_keeps_the_conversation(model_class):
+    model = pairs_model(model_class)
+    texts = generate_texts(model, TOKENIZER, ["ab"] * 30, max_out_tokens=6)
+    assert {len(text) for text in texts} <= set(range(7))
+    assert set("".join(texts)) <= set("ab")
+    assert any(not text.startswith("ab") for text in texts)
+    with_history = generate_texts(model, TOKENIZER, ["ab"] * 30, max_out_tokens=4, history=[("b", "b")])
+    assert max(map(len, with_history)) > 0  # the [END] of the earlier answer ends nothing
+    assert with_history != generate_texts(model, TOKENIZER, ["ab"] * 30, max_out_tokens=4)
+
+
+@pytest.mark.parametrize("model_class", [GPT, LLaDAModel])
+def test_a_prompt_without_room_is_refused(model_class):
+    with pytest.raises(ArgumentError, match="prompt takes 15 tokens, which leaves no room to write in a context of 16"):
+        generate_texts(random_model(model_class, 16), TOKENIZER, ["a" * 15])
+    assert len(generate_texts(random_model(model_class, 16), TOKENIZER, ["a" * 14], max_out_tokens=1)[0]) <= 15

@@ -317,15 +317,16 @@ def test_training_on_a_large_text_keeps_memory_flat(tmp_path):
     assert peaks[str(path)] < peaks["pydoc"] + 300, peaks
 
 
-def test_a_new_run_moves_the_old_one_aside(command, corpus_file, tmp_path):
-    flags = ["--data", corpus_file, *TINY, "--steps", 2]
-    command("train.py", *flags, "--seed", 1)
+def test_a_new_run_moves_the_old_one_aside(run_script, corpus_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(corpus_file), *TINY, "--steps", "2"]
+    run_script("train.py", *flags, "--seed", "1")
     first = weights(tmp_path / "out/llada/last.pt")
-    command("train.py", *flags, "--seed", 2)
+    run_script("train.py", *flags, "--seed", "2")
     assert all(torch.equal(v, weights(tmp_path / "out/llada.1/last.pt")[k]) for k, v in first.items())
     second = weights(tmp_path / "out/llada/last.pt")
     assert any(not torch.equal(v, second[k]) for k, v in first.items())
-    command("train.py", "--resume", "out/llada.1/last.pt", "--steps", 4)
+    run_script("train.py", "--resume", "out/llada.1/last.pt", "--steps", "4")
     assert all(torch.equal(v, weights(tmp_path / "out/llada.2/last.pt")[k]) for k, v in second.items())
     assert load_checkpoint(tmp_path / "out/llada/last.pt").step == 4
 
@@ -343,10 +344,11 @@ def test_minutes_follow_the_clock(corpus_file):
     assert rates[-1] < 0.1 * max(rates)
 
 
-def test_training_learns(command, corpus_file, tmp_path):
+def test_training_learns(run_script, corpus_file, tmp_path):
     """On a text with structure both losses fall well below the entropy of independent characters."""
     for model in ("llada", "gpt"):
-        command("train.py", "--model", model, "--data", corpus_file, *TINY, "--n-embd", 32, "--steps", 400)
+        flags = ["--data", str(corpus_file), *TINY, "--n-embd", "32", "--steps", "400", "--out", str(tmp_path / "out")]
+        run_script("train.py", "--model", model, *flags)
         checkpoint = load_checkpoint(tmp_path / f"out/{model}/best.pt")
         corpus = load_corpus(str(corpus_file))
         train_ids, val_ids = corpus.split(0.2)

@@ -1,7 +1,10 @@
 """Devices: which one to compute on, and CPU settings."""
 
 import ctypes
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -18,6 +21,30 @@ def pick_device(name: str | None) -> str:
         available = ", ".join(device for device, count in counts.items() if count)
         raise ArgumentError("device", f"{name}: not available on this machine; use one of: {available}")
     return name
+
+
+def free_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that can be allocated on a device, about: of a GPU's memory, or of this machine's, or of this container's.
+
+    Where the system does not say what is free it is all memory.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [sys.maxsize]
+    with suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(free)
+
+
+def memory_problem(needed: float, device: str | torch.device = "cpu") -> str | None:
+    """What is wrong with a need of so many bytes, else None. The system would end the process without a word."""
+    free = free_memory(device)
+    if needed <= free:
+        return None
+    return f"needs at least {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
 
 
 def tune_cpu() -> None:

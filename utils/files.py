@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 24
+SEAL = b"\nSHA-256 %b\n"  # what `seal` appends to a file: the hex digest of all bytes before
+SEAL_BYTES = len(SEAL % (64 * b"0"))
 
 
 @contextmanager
@@ -34,6 +36,24 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Append the hash of a file's content to it, for `check_seal`. Readers of zip files, like torch, ignore it."""
+    digest = sha256_of(path)
+    with open(path, "ab") as file:
+        file.write(SEAL % digest.encode())
+
+
+def check_seal(path: Path) -> None:
+    """Raise ValueError unless every byte of a file is what it was when it was sealed, with nothing cut or added."""
+    content, left = hashlib.sha256(), path.stat().st_size - SEAL_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(left, CHUNK_BYTES))):
+            content.update(chunk)
+            left -= len(chunk)
+        if file.read() != SEAL % content.hexdigest().encode():
+            raise ValueError(f"{path}: its content does not match its SHA-256: damaged, cut off or of another version")
 
 
 @dataclass
@@ -62,24 +82,37 @@ def mapped_cache(source: Path, path: Path, build: Callable[[Path], dict]) -> tup
     """Memory-map the file at `path`, which is computed from the file `source` on first use and when that has changed.
 
     build(temporary) writes the content to a temporary file and returns plain values. PATH.json keeps these, the hash of
-    the source, its size and its modification time, so that an unchanged source need not be read again. Both files are
-    written atomically, PATH.json last. Returns the mapping, the source's SHA-256 and the values.
-    Raises ValueError if the file has not the size it was written with.
+    the source, its size and its modification time, so that an unchanged source need not be read again, and a hash of
+    all this: a damaged cache is built again. Both files are written atomically, PATH.json last.
+    Returns the mapping, the source's SHA-256 and the values.
     """
     note_path = path.with_name(path.name + ".json")
     stat = source.stat()
     stamp = [stat.st_size, stat.st_mtime_ns]
-    note = json.loads(note_path.read_text()) if note_path.exists() and path.exists() else None
+    note = read_note(note_path, path)
     if note is None or (note["stamp"] != stamp and note["sha256"] != sha256_of(source)):
         with atomic_write(path) as temporary:
             values = build(temporary)
-        note = {"sha256": sha256_of(source), "bytes": path.stat().st_size, "values": values}
+        note = {"sha256": sha256_of(source), "values": values}
+        note["check"] = check_of(path, note)
     if note.get("stamp") != stamp:
         note["stamp"] = stamp
         with atomic_write(note_path) as temporary:
             temporary.write_text(json.dumps(note))
     with open(path, "rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch wants a writable array
-    if len(mapping) != note["bytes"]:
-        raise ValueError(f"{path}: {len(mapping)} bytes, expected {note['bytes']}: delete it to have it rebuilt")
     return mapping, note["sha256"], note["values"]
+
+
+def read_note(note_path: Path, path: Path) -> dict | None:
+    """What `mapped_cache` has noted about the file at `path`; None if there is nothing, or either file is damaged."""
+    try:
+        note = json.loads(note_path.read_text())
+        return note if note["check"] == check_of(path, note) and "stamp" in note else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_of(path: Path, note: dict) -> str:
+    """A hash of a cached file and of what is noted about it."""
+    return hashlib.sha256(json.dumps([sha256_of(path), note["sha256"], note["values"]]).encode()).hexdigest()
