@@ -306,7 +306,7 @@ def draw_next(context: SlidingContext, config: DecodingConfig, generators: list[
     logits = context.penalize(context.next_logits(), config.repetition_penalty)  # (B, V)
     if config.temperature == 0:
         return logits.argmax(-1)
-    return draw(probabilities(logits, config), uniforms(generators).to(logits.device))
+    return draw(probabilities(logits, config), uniforms(generators)).to(context.tokens.device)
 
 
 # ------------------------------------------------------------------------------------------------- beam search

@@ -27,7 +27,7 @@ def make_parser() -> Parser:
     out = "the folder of runs, as of train.py (default: out)"
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
     add("--data", metavar="NAME|FILE", help="where the text they were trained on is now (default: where it was)")
-    add("--device", help="cpu, cuda (default: the best available)")
+    add("--device", help="cpu, cuda, mps (default: the best one available)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--report", type=Path, metavar="FOLDER", help="for report.md, metrics.json, pictures (default: OUT/report)")
     add("--quick", action="store_true", help="fewer windows, policies and samples: wider intervals")
@@ -104,7 +104,7 @@ def main() -> None:
         paths = paths or pretrained_checkpoints()
         if not paths:
             raise ValueError(f"no checkpoint under {args.out}/: train one with `python train.py`, or name its file")
-        checkpoints = select_checkpoints(paths, pick_device(args.device, float64=True))
+        checkpoints = select_checkpoints(paths, pick_device(args.device))
         if args.pairs:
             settings = QUICK if args.quick else FULL
             results = score_pairs(checkpoints, args.pairs, settings, args.temperature or 0.0, args.seed)

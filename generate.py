@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     add("--checkpoint", type=Path, metavar="FILE", help=checkpoint)
     add("--out", type=Path, metavar="FOLDER", help="the folder of runs, as of train.py (default: out)")
     add("--model", choices=MODELS, help="the newest of this kind (default: of either, to fill masks llada)")
-    add("--device", help="cpu, cuda (default: the best available)")
+    add("--device", help="cpu, cuda, mps (default: the best one available)")
     add = parser.add_argument_group("text").add_argument
     prompt = "the beginning of the text; - reads standard input, which is read only then (default: empty)"
     add("--prompt", type=valid_text, metavar="TEXT", help=prompt)

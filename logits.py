@@ -90,13 +90,19 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """The tensor in float64: on its device, or on the CPU if it is on MPS, which has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def probabilities(logits: Tensor, config: LogitsConfig) -> Tensor:
     """(N, V) logits -> (N, V) float64 probabilities after temperature, then top-k, then top-p.
 
     Temperature 0 puts everything on the argmax (the lowest id on ties). Top-k keeps all ties with the k-th token; top-p
-    keeps the token that crosses p. The repetition penalty is not applied here, see `penalize_repetition`.
+    keeps the token that crosses p. The repetition penalty is not applied here, see `penalize_repetition`. The result
+    is on the device of the logits, or on the CPU if that device has no float64.
     """
-    logits = logits.double()
+    logits = in_float64(logits)
     if config.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / config.temperature

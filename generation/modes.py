@@ -91,7 +91,7 @@ def text_mode(writer: GeneratorTransformer, args: Namespace) -> Callable[[Genera
 def load(args: Namespace, name: str | None) -> GeneratorTransformer:
     """The model that the flags ask for, of kind `name` if it is given. Raises ValueError if there is none."""
     path = checkpoint_file(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out or "out", name)
-    checkpoint = load_checkpoint(path, pick_device(args.device, float64=True))
+    checkpoint = load_checkpoint(path, pick_device(args.device))
     kind = checkpoint.model.name
     say(f"{path}: {kind}, step {checkpoint.step}")
     if args.model not in (None, kind):

@@ -35,6 +35,7 @@ from generation.infilling import (
     prompt_template,
     text_sampling,
 )
+from logits import in_float64
 from model import Transformer, merge_lora
 from sampler import SamplingConfig
 from tokenizer import MASK_ID, START_ID, StreamDecoder, Tokenizer
@@ -256,6 +257,6 @@ class GeneratorTransformer:
     def likeliest(self, logits: Tensor, k: int) -> list[tuple[str, float]]:
         """logits (V,) -> the k likeliest tokens with their probabilities, likeliest first."""
         check_number("k", k, low=1)
-        best = logits.double().softmax(-1).topk(min(k, int((logits > -torch.inf).sum())))
+        best = in_float64(logits).softmax(-1).topk(min(k, int((logits > -torch.inf).sum())))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [(self.tokenizer.id_to_char[i], p) for i, p in pairs]

@@ -473,6 +473,31 @@ def test_bad_arguments_are_named_at_the_call(name):
         generate_text(model, TOKENIZER, temperature=-1)
 
 
+class OnMPS(torch.Tensor):
+    """Numbers that say that they are on MPS: what is computed from them stays there, and float64 is refused."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        assert not isinstance(result, torch.Tensor) or result.dtype != torch.float64, "MPS has no float64"
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.8, "repetition_penalty": 1.3}, {"temperature": 0}])
+@pytest.mark.parametrize("name", ["gpt", "llada"])
+def test_tokens_are_drawn_without_float64_on_mps(name, settings):
+    writer, other = (GeneratorTransformer(tiny_model(name), TOKENIZER) for _ in range(2))
+    expected = writer.generate("the ", max_out_tokens=40, **settings), writer.next_tokens("the ", 5)
+    other.model.register_forward_hook(lambda model, inputs, output: output.as_subclass(OnMPS))
+    with pytest.raises(AssertionError, match="no float64"):
+        other.model(torch.tensor([[4]])).double()
+    assert (other.generate("the ", max_out_tokens=40, **settings), other.next_tokens("the ", 5)) == expected
+
+
 def test_a_missing_device_is_one_line(folder):
     with pytest.raises(ValueError, match="cuda:99: not available on this machine"):
         GeneratorTransformer.load_from_checkpoint(folder / "out/gpt/last.pt", "cuda:99")

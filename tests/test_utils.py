@@ -186,20 +186,17 @@ def test_help_and_errors_are_instant(program, flag, code):
 
 
 def test_devices_are_checked():
-    assert pick_device("cpu") == pick_device("cpu:0", float64=True)[:3] == "cpu"
+    assert pick_device("cpu") == pick_device("cpu:0")[:3] == "cpu"
     assert pick_device(None) in ("cpu", "cuda", "mps")
     for name in ("quantum", "cpu:1", "cpu:x", "", "cuda:99"):
         with pytest.raises(ArgumentError, match=f"device {name}: not available on this machine; use one of: .*cpu"):
             pick_device(name)
 
 
-def test_float64_is_refused_on_mps(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+def test_mps_is_chosen_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device(None) == pick_device("mps") == "mps"
-    assert pick_device(None, float64=True) == "cpu"
-    with pytest.raises(ArgumentError, match="mps: cannot compute in float64; use one of: cpu"):
-        pick_device("mps", float64=True)
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):

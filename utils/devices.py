@@ -11,21 +11,15 @@ import torch
 from utils.errors import ArgumentError
 
 
-def pick_device(name: str | None, float64: bool = False) -> str:
-    """`name` if this machine has that device; for None the best device: cuda, mps or cpu.
-
-    `float64`: it must compute in float64, which sampling needs and MPS cannot. Raises ArgumentError for a device that
-    is missing or cannot do this.
-    """
-    mps = torch.backends.mps.is_available() and not float64
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}
+def pick_device(name: str | None) -> str:
+    """`name` if this machine has that device; for None the best device: cuda, mps or cpu. Raises ArgumentError."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name is None:
         return next(device for device, count in counts.items() if count)
     kind, _, index = name.partition(":")
     if (index and not index.isdecimal()) or int(index or 0) >= counts.get(kind, 0):
         available = ", ".join(device for device, count in counts.items() if count)
-        reason = "cannot compute in float64" if kind == "mps" and float64 else "not available on this machine"
-        raise ArgumentError("device", f"{name}: {reason}; use one of: {available}")
+        raise ArgumentError("device", f"{name}: not available on this machine; use one of: {available}")
     return name
 
 
