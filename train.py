@@ -83,7 +83,23 @@ def gpu_preset(model: str) -> "TrainConfig":
     )  # fmt: skip
 
 
-def fine_tuning_preset(model: str, lora: bool) -> "TrainConfig":
+def pretrained_preset(model: str) -> "TrainConfig":
+    """The settings of the models in pretrained/: about an hour a model on a laptop, small tables for a small file.
+
+    Sixteen epochs are many for GPT, so it is regularized.
+    """
+    from trainer import TrainConfig
+
+    common = TrainConfig(
+        model, val_fraction=0.1, n_layer=6, n_head=4, n_embd=128, block_size=256, ngram_rows=2699,
+        batch_size=16, calibration=0.02, ngram_lr=0.3, steps=4000, eval_every=200,
+    )  # fmt: skip
+    if model == "llada":
+        return common
+    return replace(common, dropout=0.2, ngram_dropout=0.5, weight_decay=0.1, ngram_lr=0.015)
+
+
+def fine_tuning_preset(model: str) -> "TrainConfig":
     """The settings for continuing from a trained model on a laptop: smaller steps than from scratch."""
     from trainer import TrainConfig
 
@@ -121,7 +137,8 @@ def add_run_flags(parser: Parser) -> None:
     """What is trained, where, for how long, and what it says meanwhile."""
     add = parser.add_argument_group("run").add_argument
     add("--model", choices=MODELS, default="llada", help="what to train (default: llada)")
-    add("--preset", choices=("laptop", "gpu"), help="sizes and length of the run (default: gpu on CUDA, else laptop)")
+    preset = "sizes and length of the run (default: gpu on CUDA, else laptop; pretrained: of the models in pretrained/)"
+    add("--preset", choices=("laptop", "gpu", "pretrained"), help=preset)
     add("--device", help="cpu, cuda, mps (default: the best one available)")
     out = "writes OUT/MODEL/last.pt, best.pt, metrics.jsonl, summary.json (default: out)"
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
@@ -195,7 +212,9 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
         settings["segments"] = "pairs"
     if base is not None:
         return fine_tuning_config(args, settings, base)
-    if args.preset == "gpu" or (args.preset is None and on_cuda):
+    if args.preset == "pretrained":
+        preset = pretrained_preset(args.model)
+    elif args.preset == "gpu" or (args.preset is None and on_cuda):
         preset = gpu_preset(args.model)
     else:
         minutes = args.minutes or (args.steps / LAPTOP_STEPS_PER_MINUTE if args.steps else LAPTOP_MINUTES)
@@ -213,7 +232,7 @@ def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoi
         raise ArgumentError("model", f"{args.model}: {args.init_from} holds a {base.model.name} model")
     if args.block_size and args.block_size > network.block_size:
         raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
-    preset = fine_tuning_preset(args.model, bool(args.lora_rank))
+    preset = fine_tuning_preset(args.model)
     kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout")}
     if network.segments != "pairs":
         kept["segments"] = network.segments
