@@ -20,7 +20,8 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
     "NFE: network evaluations for each text. Times are of one run.",
     "pairs": "Two small tasks with a held-out part: reversing made-up words, and facts asked in the direction that was "
     "not trained. Both models have equal parameters and equal steps. An answer is right if it is equal to the wanted "
-    "one; all are greedy. Intervals are 95 % intervals by Student's t over seeds, each with data of its own. --write "
+    "one; all are greedy. Intervals are 95 % intervals: the wider of Student's t over seeds, each with data of its own, "
+    "and Wilson's over all questions. --write "
     "FOLDER writes the data of one seed and trains nothing: train.jsonl and heldout.jsonl for train.py --pairs and "
     "evaluate.py --pairs, facts.txt for train.py --segments line. "
     "ranks: GPT's exact likelihood of the whole line with each name; it needs a list of the names and one "
