@@ -28,7 +28,8 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
     "and evaluate.py --pairs, facts.txt for train.py --segments line --val-fraction 0.5.",
     "tokens": "Characters against byte-level BPE at equal parameters and equal time, in bits/char of the whole "
     "validation part. The n-gram tables of BPE models have fewer rows, to pay for the larger vocabulary. All contexts "
-    "are of 256 tokens, so those of BPE hold more characters. Intervals are by Student's t over seeds.",
+    "are of 256 tokens, so those of BPE hold more characters. Intervals are by Student's t over seeds. "
+    "Losses of BPE are upper bounds for both models: a text has other segmentations too.",
     "finetuning": "All weights against low-rank adapters: losses on a new text and on the old one, before and after. "
     "The new text is the documentation that ships with Python. Equal steps; one seed, no intervals. With adapters, "
     "the parameters trained include the embeddings of characters that the base did not know.",
