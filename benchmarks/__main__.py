@@ -20,15 +20,16 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
     "NFE: network evaluations for each text. Times are of one run.",
     "pairs": "Two small tasks with a held-out part: reversing made-up words, and facts asked in the direction that was "
     "not trained. Both models have equal parameters and equal steps. An answer is right if it is equal to the wanted "
-    "one; all are greedy. Intervals are 95 % intervals by Student's t over seeds, each with data of its own. --write "
-    "FOLDER writes the data of one seed and trains nothing: train.jsonl and heldout.jsonl for train.py --pairs and "
-    "evaluate.py --pairs, facts.txt for train.py --segments line. "
-    "ranks: GPT's exact likelihood of the whole line with each name; it needs a list of the names and one "
-    "evaluation for each. infills: LLaDA writes the name between [START] and the rest of the line, and is told how "
-    "many letters it has.",
+    "one; all are greedy. Intervals are at 95 %: the wider of Student's t over seeds, each with data of its own, and "
+    "Wilson's over all questions. ranks: GPT's exact likelihood of the whole line with each name; it needs a list of "
+    "the names and one evaluation for each. infills: LLaDA writes the name between [START] and the rest of the line, "
+    "and is told how many letters it has. "
+    "--write FOLDER writes the data of one seed and trains nothing: train.jsonl and heldout.jsonl for train.py --pairs "
+    "and evaluate.py --pairs, facts.txt for train.py --segments line --val-fraction 0.5.",
     "tokens": "Characters against byte-level BPE at equal parameters and equal time, in bits/char of the whole "
     "validation part. The n-gram tables of BPE models have fewer rows, to pay for the larger vocabulary. All contexts "
-    "are of 256 tokens, so those of BPE hold more characters. Intervals are by Student's t over seeds.",
+    "are of 256 tokens, so those of BPE hold more characters. Intervals are by Student's t over seeds. "
+    "Losses of BPE are upper bounds for both models: a text has other segmentations too.",
     "finetuning": "All weights against low-rank adapters: losses on a new text and on the old one, before and after. "
     "The new text is the documentation that ships with Python. Equal steps; one seed, no intervals. With adapters, "
     "the parameters trained include the embeddings of characters that the base did not know.",
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
             add("--seconds", type=number(float, above=0), nargs="+", help="default: 40 165 900, quick: 40")
             add("--model", choices=("llada", "gpt"), nargs="+", help="default: both")
         if name == "tokens":
-            add("--seconds", type=number(float, above=0), help="of each training (default: 165, quick: 15)")
+            add("--seconds", type=number(float, above=0), help="of each training (default: 165, quick: 30)")
         if name == "pairs":
             add("--write", type=Path, metavar="FOLDER", help="only write train.jsonl, heldout.jsonl, facts.txt there")
             add("--seed", type=SEED, metavar="N", help="of the data that --write writes (default: 0)")

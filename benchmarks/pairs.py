@@ -26,9 +26,10 @@ from benchmarks.training import MODELS, run_train
 from checkpoint import Checkpoint, load_checkpoint
 from data import Pair
 from evaluation.likelihoods import mean_and_interval
-from evaluation.pairs import GREEDY_LLADA, complete_pairs
+from evaluation.pairs import GREEDY_LLADA, complete_pairs, wilson_interval
 from generation.text import generate_texts, infill
 from tokenizer import END_ID, START_ID
+from utils.console import say
 from utils.files import atomic_write
 
 SHORTEST, LONGEST = 3, 8  # letters of a word to reverse
@@ -166,8 +167,8 @@ def train(folder: Path, model: str, steps: int, seed: int, *flags: str) -> tuple
     return seconds, load_checkpoint(out / model / "last.pt")
 
 
-def answer_all(folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[tuple[str, str, str, str], float, float]]:
-    """((task, question, model, how), share of right answers in %, seconds of training) of one seed."""
+def answer_all(folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[tuple[str, str, str, str], list[bool], float]]:
+    """((task, question, model, how), which answers are right, seconds of training) of one seed."""
     held_out, facts = write_data(folder, sizes, seed)
     wanted = [pair.completion for pair in held_out]
     for model in MODELS:
@@ -175,26 +176,44 @@ def answer_all(folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[tuple[st
         seconds, trained = train(folder, model, sizes.word_steps, seed, *flags)
         texts = complete_pairs(trained.model, trained.tokenizer, held_out, 0.0, seed)
         right = [a == b for a, b in zip(texts, wanted, strict=True)]
-        yield ("reversing", "a held-out word", model, "writes"), 100 * statistics.mean(right), seconds
+        yield ("reversing", "a held-out word", model, "writes"), right, seconds
         flags = (f"--data={folder / FACTS}", "--segments=line", "--val-fraction=0.5")
         seconds, trained = train(folder, model, sizes.fact_steps, seed, *flags)
         for (question, asked, how), check in fact_questions(facts).items():
             if asked == model:
-                yield ("facts", question, model, how), 100 * statistics.mean(check(trained)), seconds
+                yield ("facts", question, model, how), check(trained), seconds
+
+
+def share_and_interval(right: list[list[bool]]) -> tuple[float, tuple[float, float]]:
+    """The share of right answers of several seeds, in %, and its 95 % interval.
+
+    Its ends are the outer ones of two intervals: Student's t over seeds, and Wilson's over all questions, which has
+    some width also if all seeds agree.
+
+    >>> share, (low, high) = share_and_interval([[False] * 30] * 3)
+    >>> round(share, 1), round(low, 1), round(high, 1)
+    (0.0, 0.0, 4.1)
+    """
+    shares = torch.tensor([statistics.mean(answers) for answers in right], dtype=torch.float64)
+    mean, over_seeds = mean_and_interval(shares)
+    low, high = wilson_interval(sum(map(sum, right)), sum(map(len, right)))
+    if over_seeds is not None:
+        low, high = max(0.0, min(low, over_seeds[0])), min(1.0, max(high, over_seeds[1]))
+    return 100 * mean, (100 * low, 100 * high)
 
 
 def compare_tasks(quick: bool) -> Iterator[Row]:
-    """Table of the share of right answers: mean over seeds, its interval by Student's t over seeds, and all seeds."""
+    """Table of the share of right answers: over seeds, its interval, and all seeds. Rows come when all is trained."""
     sizes = QUICK if quick else FULL
     yield "task", "question", "model", "how", "right, %", "95 % interval", "all seeds", "training, s"
-    found: dict[tuple, list[tuple[float, float]]] = {}
+    found: dict[tuple, list[tuple[list[bool], float]]] = {}
     for seed in range(sizes.seeds):
         with tempfile.TemporaryDirectory() as folder:
             for key, right, seconds in answer_all(Path(folder), sizes, seed):
+                say(f"seed {seed}: {' '.join(key)}: {sum(right)} of {len(right)}")
                 found.setdefault(key, []).append((right, seconds))
     for key in sorted(found, key=lambda key: (key[0], key[1])):
         right, seconds = zip(*found[key], strict=True)
-        mean, ci95 = mean_and_interval(torch.tensor(right, dtype=torch.float64))
-        interval = f"{max(0, ci95[0]):.1f}..{min(100, ci95[1]):.1f}" if ci95 else "-"
-        shares = " ".join(f"{share:.1f}" for share in right)
-        yield *key, f"{mean:.1f}", interval, shares, f"{statistics.median(seconds):.0f}"
+        share, (low, high) = share_and_interval(right)
+        shares = " ".join(f"{100 * statistics.mean(answers):.1f}" for answers in right)
+        yield *key, f"{share:.1f}", f"{low:.1f}..{high:.1f}", shares, f"{statistics.median(seconds):.0f}"

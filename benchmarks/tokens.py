@@ -46,7 +46,7 @@ def compare_tokenizers(quick: bool, data: str | None, seconds: float | None) -> 
 
     bits/char: the mean over seeds, its 95 % interval by Student's t over seeds, and all seeds.
     """
-    seconds, seeds = seconds or (15 if quick else 165), 1 if quick else 3
+    seconds, seeds = seconds or (30 if quick else 165), 1 if quick else 3
     data = data or "tinyshakespeare"
     characters = load_corpus(data).tokenizer.vocab_size
     shared = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]

@@ -14,7 +14,7 @@ from data import Rows
 from diffusion import MIN_T, compute_llada_loss, forward_process
 from likelihood import Likelihood, Predict, half_width95, likelihood_bound, pairs_needed
 from model import Transformer
-from tokenizer import MASK_ID, PAD_ID, SPECIAL_TOKENS, Tokenizer
+from tokenizer import MASK_ID, PAD_ID, SPECIAL_TOKENS, SimpleTokenizer, Tokenizer
 from utils.console import track
 
 
@@ -23,15 +23,18 @@ def finite(interval: tuple[float, float]) -> list[float] | None:
     return list(interval) if all(map(math.isfinite, interval)) else None
 
 
-def likelihood_figures(result: Likelihood, model: Transformer) -> dict:
-    """A model's entry in metrics.json. Perplexity is per character."""
+def likelihood_figures(result: Likelihood, model: Transformer, tokenizer: Tokenizer) -> dict:
+    """A model's entry in metrics.json. Perplexity is per character.
+
+    Of subwords, every figure is an upper bound: the text has other segmentations too, which are not scored.
+    """
     return {
         "nats_per_char": result.nats_per_char,
         "ci95": finite(result.ci95),
         "ci95_of_masks": result.mask_error if math.isfinite(result.mask_error) else None,
         "bits_per_char": result.nats_per_char / math.log(2),
         "perplexity": math.exp(result.nats_per_char),
-        "is_bound": result.is_bound,
+        "is_bound": result.is_bound or not isinstance(tokenizer, SimpleTokenizer),
         "chars": int(result.characters.sum()),
         "windows": len(result.characters),
         "params": model.num_parameters(),

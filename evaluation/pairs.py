@@ -128,7 +128,7 @@ def score_model(
         texts = complete_pairs(model, checkpoint.tokenizer, pairs, temperature, seed)
     examples = [pair._asdict() | {"text": text} for pair, text in zip(pairs, texts, strict=True)][:EXAMPLES]
     return {
-        **likelihood_figures(likelihood, model),
+        **likelihood_figures(likelihood, model, checkpoint.tokenizer),
         **text_metrics(texts, [pair.completion for pair in pairs]),
         "nfe": counter.nfe / math.ceil(len(pairs) / size),
         "examples": examples,

@@ -133,10 +133,14 @@ class Evaluation:
             for name, model in self.models.items()
         }
 
+    def figures(self, results: dict[str, Likelihood]) -> dict[str, dict]:
+        """Each model's entry in metrics.json."""
+        return {name: likelihood_figures(r, self.models[name], self.tokenizer) for name, r in results.items()}
+
     def likelihood(self) -> dict:
         """Figures of the validation text, the masking curve, loss by position and by character."""
         self.results = self.score(self.rows, self.settings.pairs)
-        entries = {"models": {name: likelihood_figures(r, self.models[name]) for name, r in self.results.items()}}
+        entries = {"models": self.figures(self.results)}
         if len(self.results) == 2:
             entries["difference"] = paired_difference(self.results["llada"], self.results["gpt"])
         left_out = self.left_out()
@@ -152,7 +156,7 @@ class Evaluation:
     def training_text(self) -> dict:
         """The same figures on windows of the training text, to see overfitting."""
         results = self.score(self.train_rows, TRAIN_PAIRS)
-        return {"training_text": {name: likelihood_figures(r, self.models[name]) for name, r in results.items()}}
+        return {"training_text": self.figures(results)}
 
     def policies(self) -> dict:
         """LLaDA's loss against network evaluations, by schedule and by policy."""
@@ -160,6 +164,8 @@ class Evaluation:
             return {}
         bound, policies, limit = self.results["llada"], self.settings.policies(self.T), self.settings.policy_windows
         rows = compare_policies(self.llada, self.rows[0], limit, policies, bound, self.seed)
+        if not isinstance(self.tokenizer, SimpleTokenizer):  # the text has other segmentations, which are not scored
+            rows = [row | {"is_bound": True} for row in rows]
         schedules = compare_schedules(bound, characters_per_window(self.rows[0]))
         return {"schedules": schedules, "policies": rows}
 

@@ -126,7 +126,8 @@ def test_the_table_has_both_models_and_all_seeds(random_training, monkeypatch):
     for row in rows:
         assert len(row["all seeds"].split()) == 2
         assert 0 <= float(row["right, %"]) <= 100
-        assert row["95 % interval"] == "-" or ".." in row["95 % interval"]
+        low, high = map(float, row["95 % interval"].split(".."))
+        assert 0 <= low <= float(row["right, %"]) <= high <= 100
 
 
 def test_a_real_training_answers(tmp_path, monkeypatch):

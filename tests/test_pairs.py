@@ -236,7 +236,9 @@ def test_every_stage_is_right_or_left_out_with_a_reason(kind, pair_run, segment_
         assert metrics["schedules"]["uniform"][-1]["nats_per_char"] == pytest.approx(bound, rel=0.05)
         assert metrics["policies"][-1]["nats_per_char"] == pytest.approx(bound, rel=0.05)
         assert characters < metrics["corpus"]["characters"] == len((folder / "text.txt").read_text())
-    for m in metrics["models"].values():
+        assert all(row["is_bound"] for row in metrics["policies"])
+    for name, m in metrics["models"].items():
+        assert m["is_bound"] == (name == "llada" or kind == "bpe"), "one of many segmentations of a text is a bound"
         assert m["chars"] == characters
         assert m["bits_per_char"] == pytest.approx(m["nats_per_char"] / math.log(2))
 
