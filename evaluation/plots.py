@@ -167,7 +167,8 @@ def by_position_and_character(plt, metrics: dict):
     bottom.set_xticks(range(len(frequent)), [visible(c) for c, _ in frequent])
     bottom.set(xlabel="character, most frequent first (␣ space, ↵ newline)", ylabel="loss (nats/char)", ylim=0)
     handles = [axes.get_legend_handles_labels() for axes in (top, bottom)]
-    figure.legend(*(a + b for a, b in zip(*handles, strict=True)), loc="outside lower center", ncols=3)
+    handles, labels = (a + b for a, b in zip(*handles, strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1, handlelength=1.4)
     return figure
 
 
