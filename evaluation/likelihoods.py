@@ -17,6 +17,8 @@ from model import Transformer
 from tokenizer import MASK_ID, PAD_ID, SPECIAL_TOKENS, SimpleTokenizer, Tokenizer
 from utils.console import track
 
+NEAR = 8  # counts of masks to each side whose variances are pooled
+
 
 def finite(interval: tuple[float, float]) -> list[float] | None:
     """An interval as JSON can hold it. None for the infinite interval of a single window."""
@@ -56,6 +58,34 @@ def loss_by_position(results: dict[str, Likelihood], rows: Rows) -> dict[str, li
     """nats/token of each model at each of the T positions, the mean over full rows (N, T)."""
     N, T = rows.tokens.shape
     return {name: result.token_nats[:N, :T].mean(0).tolist() for name, result in results.items()}
+
+
+def position_half_widths(results: dict[str, Likelihood], rows: Rows) -> dict[str, list[float | None]]:
+    """Half the width of the 95 % interval of each of these losses over the windows; None for a single window."""
+    N, T = rows.tokens.shape
+    columns = {name: result.token_nats[:N, :T].unbind(1) for name, result in results.items()}
+    return {name: finite_or_none([half_width95(nats, torch.ones(N)) for nats in columns[name]]) for name in columns}
+
+
+def curve_half_widths(bound: Likelihood, scale: float = 1.0) -> list[float | None]:
+    """Half the width of the 95 % interval of c(1), ..., c(T) times `scale`, over masks and windows.
+
+    A count m has few masks, so the variance of one mask's c is that of all masks with at most NEAR counts more or less.
+    """
+    counts, means, all_masked = (draws.cpu() for draws in bound.draws)  # (N, K), (N, K), (N, T)
+    (N, T), flat = all_masked.shape, counts.flatten()
+    squares = torch.zeros(T, dtype=torch.float64).index_add_(0, flat, (means - bound.curve[counts]).flatten().square())
+    n = torch.bincount(flat, minlength=T).double()
+    sums = torch.stack([squares, (n - 1).clamp(min=0)])[None]
+    squares, freedom = F.avg_pool1d(sums, 2 * NEAR + 1, stride=1, padding=NEAR)[0]
+    half_widths = 1.96 * (squares / freedom / n).sqrt()[1:]  # of c(1), ..., c(T - 1)
+    half_widths = [*half_widths.tolist(), half_width95(all_masked.mean(1), torch.ones(N))]
+    return finite_or_none([scale * width for width in half_widths])
+
+
+def finite_or_none(values: list[float]) -> list[float | None]:
+    """Numbers as JSON can hold them."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def loss_by_character(results: dict[str, Likelihood], batches: list[Rows], tokenizer: Tokenizer) -> dict[str, dict]:

@@ -72,6 +72,20 @@ def add_legend(figure, axes, columns: int = 2) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
+def add_band(axes, x, values: list[float], half_widths: list[float | None], colour: str, label: str) -> None:
+    """The 95 % intervals of values as a band."""
+    half = [float("nan") if width is None else width for width in half_widths]
+    low, high = ([value + sign * width for value, width in zip(values, half, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, label=label)
+
+
+def add_level(axes, model: dict, **style) -> None:
+    """A model's loss as a horizontal line, with its 95 % interval as a band."""
+    line = axes.axhline(model["nats_per_char"], **style)
+    if model.get("ci95"):
+        axes.axhspan(*model["ci95"], color=line.get_color(), alpha=0.2, linewidth=0)
+
+
 def loss_curves(plt, metrics: dict):
     """Training and validation losses of both models before calibration; the calibrated loss as a separate marker."""
     figure, axes = plt.subplots()
@@ -96,12 +110,13 @@ def masking_curve(plt, metrics: dict):
     m, colour = range(1, len(curve) + 1), COLOURS["llada"]
     figure, axes = plt.subplots()
     axes.plot(m, curve, ".", color=colour, markersize=4, alpha=0.5, label="c(m), measured")
+    add_band(axes, m, curve, metrics["masking_curve_half_widths"], colour, "its 95 % interval")
     axes.plot(m, fit, color="black", linewidth=1, label="c(m), monotone fit")
     for name, model in metrics["models"].items():
         dash = "--" if name == "llada" else "-."
         nats, mean = model["nats_per_char"], "mean of c(m) = " if name == "llada" else ""
-        axes.axhline(nats, color=COLOURS[name], linestyle=dash,
-                     label=f"{mean}{label_of(metrics, name)}: {nats:.3f} nats/char")  # fmt: skip
+        add_level(axes, model, color=COLOURS[name], linestyle=dash,
+                  label=f"{mean}{label_of(metrics, name)}: {nats:.3f} nats/char")  # fmt: skip
     axes.set(xlabel=f"masked tokens m, of {len(curve)}", ylabel="c(m) (nats/char of masked tokens)", ylim=0)
     add_legend(figure, axes)
     return figure
@@ -126,8 +141,7 @@ def likelihood_against_nfe(plt, metrics: dict):
             capsize=2, label=label,
         )  # fmt: skip
     if "gpt" in metrics["models"]:
-        nats = metrics["models"]["gpt"]["nats_per_char"]
-        axes.axhline(nats, color=COLOURS["gpt"], linestyle="-.", label="GPT (exact)")
+        add_level(axes, metrics["models"]["gpt"], color=COLOURS["gpt"], linestyle="-.", label="GPT (exact)")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     xlabel = f"network evaluations (NFE) for a text of {metrics['window']} tokens"
@@ -137,20 +151,24 @@ def likelihood_against_nfe(plt, metrics: dict):
 
 
 def by_position_and_character(plt, metrics: dict):
-    """Loss at each position of a window, and on each frequent character."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.4))
+    """Loss at each position of a window with intervals, and on each frequent character."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.8))
     frequent = sorted(metrics["characters"].items(), key=lambda item: -item[1]["count"])[:40]
-    for name, values in metrics["positions"].items():
+    for i, (name, values) in enumerate(metrics["positions"].items()):
         colour, label = COLOURS[name], label_of(metrics, name)
         dash, marker = ("-", "o") if name == "llada" else ("--", "D")
-        top.plot(range(1, len(values) + 1), values, dash, color=colour, linewidth=1, label=label)
+        x = range(1, len(values) + 1)
+        top.plot(x, values, dash, color=colour, linewidth=1, label=f"{label}, by position")
+        add_band(top, x, values, metrics["position_half_widths"][name], colour, "its 95 % interval")
+        places = [place + 0.3 * (i - 0.5) for place in range(len(frequent))]  # side by side: none hides another
         losses = [entry[name] for _, entry in frequent]
-        bottom.plot(losses, marker, color=colour, markersize=4, label=label)
+        bottom.plot(places, losses, marker, color=colour, markersize=4, label=f"{label}, by character")
     top.set(xlabel="position in the window", ylabel="loss (nats/char)", ylim=0)
     bottom.set_xticks(range(len(frequent)), [visible(c) for c, _ in frequent])
     bottom.set(xlabel="character, most frequent first (␣ space, ↵ newline)", ylabel="loss (nats/char)", ylim=0)
-    top.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    bottom.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    handles = [axes.get_legend_handles_labels() for axes in (top, bottom)]
+    handles, labels = (a + b for a, b in zip(*handles, strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1, handlelength=1.4)
     return figure
 
 

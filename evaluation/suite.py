@@ -11,10 +11,12 @@ import data
 from checkpoint import Checkpoint, load_checkpoint
 from data import Corpus, Rows, validation_rows
 from evaluation.likelihoods import (
+    curve_half_widths,
     likelihood_figures,
     loss_by_character,
     loss_by_position,
     paired_difference,
+    position_half_widths,
 )
 from evaluation.policies import compare_policies, compare_schedules
 from evaluation.samples import SampleMetrics, continue_prompts, measure_infilling, measure_samples, validation_prompts
@@ -78,7 +80,7 @@ def describe_training(checkpoint: Checkpoint) -> dict:
 
 def characters_per_window(rows: Rows) -> float:
     """The mean number of characters in a row."""
-    return float(rows.characters.double().mean())
+    return float(rows.characters.cpu().double().mean())
 
 
 # ------------------------------------------------------------------------------------------------- the evaluation
@@ -145,10 +147,13 @@ class Evaluation:
             entries["difference"] = paired_difference(self.results["llada"], self.results["gpt"])
         left_out = self.left_out()
         if self.llada is not None and "masking curve" not in left_out:
-            curve = self.results["llada"].curve * self.T / characters_per_window(self.rows[0])
+            scale = self.T / characters_per_window(self.rows[0])  # from tokens to characters
+            curve = scale * self.results["llada"].curve
             entries["masking_curve"], entries["masking_curve_fit"] = curve[1:].tolist(), monotone(curve)[1:].tolist()
+            entries["masking_curve_half_widths"] = curve_half_widths(self.results["llada"], scale)
         if "positions" not in left_out:
             entries["positions"] = loss_by_position(self.results, self.rows[0])
+            entries["position_half_widths"] = position_half_widths(self.results, self.rows[0])
         if "characters" not in left_out:
             entries["characters"] = loss_by_character(self.results, self.rows, self.tokenizer)
         return entries

@@ -254,6 +254,7 @@ def test_a_character_shows_its_candidates_and_when_it_settled(browser, tmp_path)
     browser.press("End")  # the step may change below the mouse
     assert browser.run("details.querySelector('p').textContent") == f"LLaDA, position 3: written · {events}"
     assert browser.run(candidates) == "i75.0 %,o12.5 %"
+    browser.point("h1")  # a mouse that stays on a character may be reported once more
     browser.run("document.querySelector('.text .cell').focus()")
     assert browser.run("details.textContent") == "LLaDA, position 1: given"
     for _ in range(3):

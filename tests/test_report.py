@@ -1,9 +1,12 @@
 """The report: tables that say what their figures are, and no more than their intervals allow."""
 
 import pytest
+import torch
 
+from evaluation.likelihoods import curve_half_widths
 from evaluation.plots import draw_pictures, visible
 from evaluation.report import comparison, interval, policies, table
+from likelihood import Likelihood
 
 ROW = {"order": "sweep", "steps": 16, "threshold": None, "nfe": 16.0, "nats_per_char": 1.9, "ci95": [1.8, 2.0],
        "is_bound": False, "windows": 64, "difference": 0.0, "difference_ci95": [0.0, 0.0]}  # fmt: skip
@@ -52,3 +55,18 @@ def test_the_loss_curve_marks_the_calibrated_loss_apart(tmp_path, monkeypatch):
     lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
     assert lines["GPT, exact: validation"] == [1.0, 0.0]
     assert lines["GPT, exact: validation after scaling by temperature 1.50"] == [-0.5]
+
+
+def test_the_band_of_the_masking_curve_is_the_spread_of_the_masks():
+    """Masks whose losses scatter by a known amount: n of them with m tokens give c(m) to 1.96 times that / sqrt(n)."""
+    generator, (N, K, T), sigma = torch.Generator().manual_seed(0), (400, 4, 32), 0.5
+    counts = torch.randint(1, T, (N, K), generator=generator)
+    noise = sigma * torch.randn(N, K, generator=generator, dtype=torch.float64)
+    draws = counts, counts / T + noise, torch.randn(N, T, generator=generator, dtype=torch.float64)
+    bound = Likelihood(torch.zeros(N, T), torch.zeros(N), torch.full((N,), T), True, draws)
+    n = torch.bincount(counts.flatten(), minlength=T)[1:].double()
+    expected = 1.96 * sigma / n.sqrt()
+    widths = torch.tensor(curve_half_widths(bound), dtype=torch.float64)
+    assert torch.allclose(widths[:-1], expected, rtol=0.15)
+    assert widths[-1] == pytest.approx(1.96 / (N * T) ** 0.5, rel=0.15)
+    assert curve_half_widths(bound, 2.0) == pytest.approx((2 * widths).tolist())
