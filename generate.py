@@ -65,7 +65,7 @@ def make_parser() -> Parser:
 def add_token_flags(parser: Parser) -> None:
     """How both models draw tokens."""
     add = parser.add_argument_group("drawing tokens").add_argument
-    temperature = "0 takes the likeliest token (default: 1)"
+    temperature = "0 takes the likeliest token, 1 draws as likelihoods are measured; answers to pairs: 0 (default: 0.7)"
     add("--temperature", type=number(float, low=0), metavar="T", help=temperature)
     add("--top-k", type=POSITIVE_INT, metavar="K", help="draw from the K likeliest tokens (default: all)")
     top_p = "... from the likeliest with total probability P (default: 1)"

@@ -23,6 +23,7 @@ MODES = {"chat": "--chat", "top": "--top", "num_beams": "--beams", "race": "--ra
 TEMPLATES = {"infill": "--infill", "infill_file": "--infill-file"}  # a whole text, instead of a prompt and a length
 VIEWS = ("watch", "html", "gif")  # of a text that is being written
 RACERS = ("llada", "gpt")
+TEMPERATURE = 0.7  # small models are easier to read below 1, the temperature of all likelihoods; answers take 0
 DEFAULTS = {"max_out_tokens": MAX_OUT_TOKENS, "num_samples": 1, "seed": 0}
 EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 
@@ -130,9 +131,10 @@ def given(args: Namespace, config_class: type) -> dict:
 
 def make_config(args: Namespace, model: Transformer) -> Config:
     """The settings with which this model writes. Raises ArgumentError for settings that do not go together."""
+    defaults = {"temperature": 0.0 if model.config.segments == "pairs" else TEMPERATURE}
     if model.causal:
-        return DecodingConfig(**({"slide": half_context(args, model)} | given(args, DecodingConfig)))
-    return text_sampling(**given(args, SamplingConfig))
+        return DecodingConfig(**(defaults | {"slide": half_context(args, model)} | given(args, DecodingConfig)))
+    return text_sampling(**(defaults | given(args, SamplingConfig)))
 
 
 def make_beam_config(args: Namespace, model: Transformer) -> BeamConfig:

@@ -17,11 +17,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+import checkpoint
 import generate
 from autoregressive import BeamConfig, DecodingConfig, exact_nll
 from checkpoint import Checkpoint, save_checkpoint
 from generation import GeneratorTransformer, generate_text, generate_texts, infill, stream_texts
-from generation.flags import DEFAULTS, opening
+from generation.flags import DEFAULTS, TEMPERATURE, opening
 from generation.infilling import fill_masks, parse_template, text_sampling
 from generation.live import PAUSE, PAUSES
 from model import MODELS, ModelConfig
@@ -57,6 +58,7 @@ def folder(tmp_path, monkeypatch):
         save_checkpoint(path, Checkpoint(tiny_model(name), TOKENIZER, {"name": "toy"}, step=7))
         os.utime(path, (1, {"llada": 1, "gpt": 2}[name]))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrained")
     return tmp_path
 
 
@@ -92,7 +94,7 @@ def test_the_command_writes_text_that_begins_with_the_prompt(folder, command, na
     assert len(process.stdout) == len("ROMEO:") + 40 + 1
     assert f"out/{name}/last.pt: {name}, step 7" in process.stderr
     settings = {"slide": BLOCK_SIZE // 2} if name == "gpt" else {}
-    text = generate_text(tiny_model(name), TOKENIZER, "ROMEO:", max_out_tokens=40, **settings)
+    text = generate_text(tiny_model(name), TOKENIZER, "ROMEO:", max_out_tokens=40, temperature=TEMPERATURE, **settings)
     assert process.stdout == text + "\n"
 
 
@@ -118,7 +120,7 @@ def test_prompts_may_be_empty_or_longer_than_the_context(call, name, prompt):
 def test_several_samples_have_a_line_before_each(folder, call):
     _, text, _ = call("--prompt", "ROMEO:", "--length", 9, "--num-samples", 3)
     writer = GeneratorTransformer.load_from_checkpoint(folder / "out/gpt/last.pt")
-    samples = generate_texts(writer.model, TOKENIZER, ["ROMEO:"] * 3, max_out_tokens=9)
+    samples = generate_texts(writer.model, TOKENIZER, ["ROMEO:"] * 3, max_out_tokens=9, temperature=TEMPERATURE)
     assert text == separated(samples)
     assert len(set(samples)) == 3
 
@@ -133,6 +135,7 @@ def test_gpt_slides_by_half_of_the_context_unless_told_otherwise(call):
         return call("--prompt", "ROMEO:", "--length", 60, *flags)[1]
 
     def expected(**settings) -> str:
+        settings["temperature"] = TEMPERATURE
         return generate_text(tiny_model("gpt"), TOKENIZER, "ROMEO:", max_out_tokens=60, **settings) + "\n"
 
     assert written() == expected(slide=BLOCK_SIZE // 2) != expected()
@@ -145,6 +148,7 @@ def test_gpt_slides_by_half_of_the_context_unless_told_otherwise(call):
 @pytest.mark.parametrize("name", ["gpt", "llada"])
 def test_a_text_without_a_prompt_begins_after_a_newline_that_is_not_printed(call, name):
     settings = {"slide": BLOCK_SIZE // 2} if name == "gpt" else {}
+    settings["temperature"] = TEMPERATURE
     expected = generate_texts(tiny_model(name), TOKENIZER, ["\n"] * 2, max_out_tokens=30, **settings)
     flags = ["--model", name, "--length", 30]
     assert call(*flags)[1] == expected[0][1:] + "\n"
@@ -268,7 +272,7 @@ def test_a_template_is_filled_by_every_sampler(call, flags):
 def test_infilling_chooses_the_newest_llada_model_and_is_the_same_from_python(call):
     template = "ROMEO:[MASK*4]love[MASK*35]"
     _, text, _ = call("--infill", template, "--seed", 5, "--steps", 4, "--num-samples", 2)
-    together = infill(tiny_model("llada"), TOKENIZER, [template] * 2, seed=5, steps=4)
+    together = infill(tiny_model("llada"), TOKENIZER, [template] * 2, seed=5, steps=4, temperature=TEMPERATURE)
     assert text == separated(together)
 
 
@@ -515,7 +519,7 @@ def test_the_defaults_in_the_help_are_those_of_the_settings():
     shown = {action.dest: action.help for action in generate.make_parser()._actions}
     defaults = {name: value for name, value in vars(BeamConfig()).items() if name == "length_penalty"}
     for name in ("temperature", "repetition_penalty", "eta", "cfg_scale"):
-        defaults[name] = getattr(text_sampling(), name)
+        defaults[name] = TEMPERATURE if name == "temperature" else getattr(text_sampling(), name)
     for name, value in (defaults | DEFAULTS).items():
         assert f"(default: {value:g})" in shown[name]
     assert f"(default: {text_sampling().schedule})" in shown["schedule"]
