@@ -1,8 +1,11 @@
 """Train LLaDA or GPT: `python train.py --help`. This file is the command line and the presets; see trainer.py."""
 
 import argparse
+import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +21,7 @@ if TYPE_CHECKING:  # torch is imported after the arguments are parsed: --help is
 MODELS, ARCHITECTURES, OPTIMIZERS = ("llada", "gpt"), ("rotary", "vanilla"), ("muon", "adamw")
 SEGMENTS = ("window", "speech", "paragraph", "line")
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "ngram_rows")  # comes with the model that --init-from names
+MOVABLE = ("data", "pairs", "steps", "minutes", "eval_every")  # what may change when a run is resumed
 LAPTOP_MINUTES = 2.75
 FINE_TUNING_MINUTES = 1.0
 LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
@@ -108,6 +112,8 @@ def make_parser() -> Parser:
     length.add_argument("--steps", type=POSITIVE_INT, help="length of the run in steps")
     length.add_argument("--minutes", type=number(float, above=0), help="length of the run in time")
     add("--eval-every", type=POSITIVE_INT, metavar="STEPS", help="validate this often (default: ten times a run)")
+    add("--save-every", type=number(float, above=0), default=10.0, metavar="MINUTES",
+        help="save at least this often, besides at validations (default: 10)")  # fmt: skip
     add("--seed", type=SEED)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
@@ -115,7 +121,7 @@ def make_parser() -> Parser:
 
 def given_settings(args: argparse.Namespace) -> dict:
     """The fields of TrainConfig that the flags set."""
-    others = ("preset", "device", "out", "export", "resume")
+    others = ("preset", "device", "out", "export", "resume", "save_every")
     settings = {name: value for name, value in vars(args).items() if value is not None and name not in others}
     if args.steps or args.minutes:  # one replaces the other
         settings |= {"steps": args.steps, "minutes": args.minutes}
@@ -175,12 +181,22 @@ def start_run(args: argparse.Namespace, processes: "Processes", start: float) ->
         if base is not None:
             trainer.remember_base(base)
         return trainer
-    changes = {name: value for name, value in given_settings(args).items() if name != "model"}
-    for name in (*changes, *(["preset"] if args.preset else [])):
-        if name not in ("data", "pairs", "steps", "minutes", "eval_every"):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} cannot change when resuming: drop it (--steps or --minutes may move the end)")
-    return Trainer.resume(load_checkpoint(resume_path(args)), processes, clock, **changes)
+    checkpoint = load_checkpoint(resume_path(args))
+    return Trainer.resume(checkpoint, processes, clock, **changed_settings(args, checkpoint))
+
+
+def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint") -> dict:
+    """The flags that change a run that is resumed. Raises ArgumentError for one that contradicts it."""
+    settings, config = given_settings(args), checkpoint.training.get("config", {})
+    if settings["model"] == MODELS[0]:  # the default: perhaps not given
+        del settings["model"]
+    if args.preset:
+        raise ArgumentError("preset", "has no effect when resuming: drop it")
+    for name, value in settings.items():
+        if name not in MOVABLE and config and value != config[name]:
+            problem = f"{value}: the run in {checkpoint.path} has {config[name]}, which cannot change: drop it"
+            raise ArgumentError(name, f"{problem} (--steps or --minutes may move the end)")
+    return {name: value for name, value in settings.items() if name in MOVABLE}
 
 
 def resume_path(args: argparse.Namespace) -> Path | None:
@@ -225,11 +241,12 @@ def train(args: argparse.Namespace, start: float) -> None:
 
     tune_cpu()
     processes = Processes(pick_device(args.device))
-    with processes.joined(), deferred_interrupt() as stopping:
+    with processes.joined(), deferred_interrupt(signal.SIGTERM) as stopping, ExitStack() as stack:
         trainer = start_run(args, processes, start)
         model, folder = trainer.config.model, args.out / trainer.config.model
         writer = CheckpointWriter(trainer, folder, resume_path(args))
         if processes.is_main:
+            stack.enter_context(writer.opened())
             parameters, looked_up = trainer.model.num_parameters(), trainer.model.num_looked_up()
             share = f"{100 * looked_up / parameters:.0f} % of them rows of tables that are looked up"
             say(f"{model}: {parameters:,} parameters ({share}) on {trainer.corpus.name}, {processes}")
@@ -239,7 +256,13 @@ def train(args: argparse.Namespace, start: float) -> None:
                 writer.on_validation(record)
                 say_record(record)
 
-        with progress(1, "train", processes.is_main and sys.stderr.isatty()) as update:
+        with progress(1, "train", processes.is_main and sys.stderr.isatty()) as show:
+
+            def update(done: float, status: Callable[[], str]) -> None:
+                show(done, status)
+                if processes.is_main:
+                    writer.save_if_older(60 * args.save_every)
+
             session = trainer.train(on_validation, update, stopping)
         if not processes.is_main:
             return

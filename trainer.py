@@ -355,6 +355,10 @@ class Trainer:
             "val_loss": self.validate(),
             "lr": self.optimizers[-1].param_groups[0]["lr"],
         }
+        if not math.isfinite(record["train_loss"] + record["val_loss"]):
+            losses = f"{record['train_loss']} in training, {record['val_loss']} in validation"
+            advice = "try a smaller --lr and --ngram-lr; what was saved before is intact"
+            raise ValueError(f"the loss is not finite at step {self.step} ({losses}): {advice}")
         self.losses.clear()
         if is_last and self.calibration_rows is not None:
             record["temperature"] = self.calibrate()

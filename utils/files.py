@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class LockedError(Exception):
+    """A lock that another process holds: the message says which."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file as a lock inside the block. Raises LockedError if another process does, and OSError.
+
+    The system releases the lock when its process ends, however it ends; the file stays. Windows has no such lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise LockedError(file.read().strip() or "another process") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def sha256_of(path: Path) -> str:
