@@ -4,7 +4,6 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -256,14 +255,12 @@ def train(args: argparse.Namespace, start: float) -> None:
                 writer.on_validation(record)
                 say_record(record)
 
-        with progress(1, "train", processes.is_main and sys.stderr.isatty()) as show:
+        def after_step() -> None:
+            if processes.is_main:
+                writer.save_if_older(60 * args.save_every)
 
-            def update(done: float, status: Callable[[], str]) -> None:
-                show(done, status)
-                if processes.is_main:
-                    writer.save_if_older(60 * args.save_every)
-
-            session = trainer.train(on_validation, update, stopping)
+        with progress(1, "train", processes.is_main and sys.stderr.isatty()) as update:
+            session = trainer.train(on_validation, update, stopping, after_step)
         if not processes.is_main:
             return
         if stopping():

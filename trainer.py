@@ -280,11 +280,13 @@ class Trainer:
         on_validation: Callable[[dict], None] = lambda record: None,
         update: Callable[[float, Callable[[], str]], None] = lambda done, status: None,
         stopping: Callable[[], bool] = lambda: False,
+        after_step: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Train to the end of the run, or until stopping() after a step.
 
         Returns tokens_per_second and flops_per_second of this call. on_validation(record) is called for each new
-        record of the history, update(done, status) after each step.
+        record of the history, update(done, status) after each step, and after_step() after its validation, if any: only
+        there can the state be saved.
         """
         step, flops, began = self.step, self.flops, self.clock()
         eval_every = self.config.eval_every or (self.config.steps and max(1, self.config.steps // VALIDATIONS))
@@ -303,6 +305,7 @@ class Trainer:
                 next_validation += 1 / VALIDATIONS
                 self.history.append(self.validation_record(is_last=done >= 1))
                 on_validation(self.history[-1])
+            after_step()
         seconds = self.clock() - began
         return {
             "tokens_per_second": (self.step - step) * self.tokens_per_step / seconds,

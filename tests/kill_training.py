@@ -95,7 +95,9 @@ def differences(one, two, where: str = "") -> list[str]:
     if isinstance(one, dict):
         keys = (one.keys() | two.keys()) - {"seconds"}
         return [d for key in keys for d in differences(one.get(key), two.get(key), f"{where}/{key}")]
-    if isinstance(one, list):
+    if isinstance(one, list) and isinstance(two, list):
+        if len(one) != len(two):
+            return [f"{where}: {len(one)} and {len(two)} entries"]
         pairs = zip(one, two, strict=True)
         return [d for i, (a, b) in enumerate(pairs) for d in differences(a, b, f"{where}/{i}")]
     return [] if one == two else [where]

@@ -365,7 +365,8 @@ def test_command_line_choices_are_the_registries():
 
 def test_every_setting_has_a_flag_and_every_flag_is_a_setting():
     args = vars(train.make_parser().parse_args([]))
-    assert set(args) - {"preset", "device", "out", "resume"} == set(asdict(TrainConfig(steps=1)))
+    others = {"preset", "device", "out", "export", "resume", "save_every"}
+    assert set(args) - others == set(asdict(TrainConfig(steps=1)))
 
 
 @pytest.mark.parametrize(
@@ -418,6 +419,16 @@ def test_resuming_needs_the_state_of_a_run_and_its_text(corpus_file, tmp_path):
     checkpoint = trainer.checkpoint()
     with pytest.raises(ValueError, match="no training state"):
         Trainer.resume(replace(checkpoint, training={}), Processes("cpu"))
+    for flags, words in (
+        (["--lr", "1"], r"lr 1\.0: the run in .* has 0\.006, which cannot change: drop it"),
+        (["--model", "gpt", "--n-layer", "3"], "n_layer 3: the run in .* has 1, "),
+        (["--model", "llada", "--preset", "gpu"], "preset has no effect when resuming"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            train.changed_settings(train.make_parser().parse_args(["--resume", *flags]), checkpoint)
+    same = ["--resume", "--lr", "0.006", "--n-layer", "1", "--steps", "9"]
+    changes = train.changed_settings(train.make_parser().parse_args(same), checkpoint)
+    assert changes == {"steps": 9, "minutes": None}
     corpus_file.write_text("quite another text " * 100)
     with pytest.raises(ValueError, match="is not the text the model was trained on"):
         Trainer.resume(checkpoint, Processes("cpu"))
@@ -449,8 +460,6 @@ def test_the_last_line_is_the_next_command(command, corpus_file):
         (["--device", "cpu:foo"], ["--device cpu:foo", "cpu"]),
         (["--arch", "vanilla", "--ngram-rows", "7"], ["--ngram-rows", "vanilla"]),
         (["--resume"], ["out/llada/last.pt", "no such checkpoint"]),
-        (["--resume", "--lr", "1"], ["--lr", "drop it"]),
-        (["--resume", "--preset", "gpu"], ["--preset", "drop it"]),
         (["--minutes", "0.0001"], ["--minutes 0.0001", "before the first step"]),
         (["--steps", "1", "--minutes", "1"], ["--minutes", "--steps"]),
     ],
