@@ -92,8 +92,11 @@ def write_state(
         "training": training,
     }
     with atomic_write(path) as temporary:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # which torch makes of an OSError, such as that of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         seal(temporary)
 
 

@@ -327,7 +327,7 @@ class Trainer:
     def train_step(self, done: float) -> Tensor:
         """One optimizer step on one global batch, `done` of the run being over.
 
-        Returns the loss of this process's share of the batch, nats/character, on the device.
+        Returns its loss, nats/character, on the device: the same in all processes, so that process 0 can save it.
         """
         batch = self.objective.make_batch(self.sample_rows(done), self.generator)
         self.flops += self.model.flops_per_token(batch.inputs.shape[1]) * batch.inputs.numel()
@@ -341,7 +341,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return total
+        return self.processes.mean(total)
 
     # --------------------------------------------------------------------------------------------- validation
     def validation_record(self, is_last: bool) -> dict:
@@ -354,7 +354,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
-            "train_loss": self.processes.mean(torch.stack(self.losses).mean()).item(),
+            "train_loss": torch.stack(self.losses).mean().item(),
             "val_loss": self.validate(),
             "lr": self.optimizers[-1].param_groups[0]["lr"],
         }

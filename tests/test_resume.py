@@ -1,13 +1,9 @@
 """A run that is interrupted at any step and resumed from its file is bit for bit the run that was not: every tensor."""
 
 import json
-import re
-import signal
 
 import pytest
-import torch
 from kill_training import differences
-from test_train import torchrun
 
 from checkpoint import load_checkpoint, save_checkpoint
 from trainer import TrainConfig, Trainer, load_training_corpus
@@ -68,24 +64,3 @@ def test_resumed_at_any_step_it_is_the_same_run(make, tmp_path, model, name):
         resumed.train()
         found = (resumed.model.state_dict(), vars(resumed.checkpoint())["training"], resumed.history)
         assert differences(list(expected), list(found)) == []
-
-
-def test_two_processes_resume_the_same_run(corpus_file, tmp_path):
-    """torchrun passes SIGTERM on; both processes stop after the same step."""
-    flags = ["--data", corpus_file, "--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--block-size", 16]
-    flags += ["--ngram-rows", 101, "--batch-size", 4, "--steps", 400, "--eval-every", 100]
-    whole, stopped = (torchrun(tmp_path, *flags, "--out", out) for out in ("whole", "parts"))
-    for line in stopped.stderr:
-        if line.startswith("step    100"):
-            stopped.send_signal(signal.SIGTERM)
-            break
-    rest = stopped.communicate(timeout=120)[1]
-    whole.communicate(timeout=120)
-    assert whole.returncode == 0
-    step = re.search(r"stopped at step (\d+)", rest)
-    assert step, rest
-    assert 100 <= int(step[1]) < 400
-    resumed = torchrun(tmp_path, "--resume", "--out", "parts")
-    assert resumed.wait(120) == 0
-    one, two = (torch.load(tmp_path / out / "llada/last.pt") for out in ("whole", "parts"))
-    assert differences(one, two) == []

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 import pytest
 import torch
 from conftest import ROOT, TINY
+from kill_training import differences
 
 import train
 from checkpoint import CheckpointWriter, load_checkpoint, loss_of_weights
@@ -271,16 +273,25 @@ def torchrun(tmp_path, *arguments) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_two_processes_train_the_same_model_as_one(command, corpus_file, tmp_path):
-    flags = ["--data", corpus_file, *TINY, "--steps", 6, "--eval-every", 2]
+def test_two_processes_train_the_same_model_as_one_and_go_on_from_any_step(command, corpus_file, tmp_path):
+    flags = ["--data", corpus_file, *TINY, "--steps", 60, "--eval-every", 20]
     command("train.py", *flags, "--out", "one")
-    process = torchrun(tmp_path, *flags, "--out", "two")
+    process = torchrun(tmp_path, *flags, "--out", "two", "--save-every", 1e-6)
+    for line in process.stderr:
+        if line.startswith("step     20"):
+            (tmp_path / "part/llada").mkdir(parents=True)
+            shutil.copy(tmp_path / "two/llada/last.pt", tmp_path / "part/llada/last.pt")  # of this step, or a later one
+            break
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 0, errors
     assert errors.count("nats/char, upper bound") == 1, "only process 0 reports"
     one, two = (load_checkpoint(tmp_path / out / "llada/last.pt").history for out in ("one", "two"))
     for key in ("train_loss", "val_loss"):
         assert [line[key] for line in one] == pytest.approx([line[key] for line in two], rel=1e-4)
+    assert 20 <= load_checkpoint(tmp_path / "part/llada/last.pt").step < 60
+    assert torchrun(tmp_path, "--resume", "--out", "part").wait(120) == 0
+    whole, resumed = (torch.load(tmp_path / out / "llada/last.pt") for out in ("two", "part"))
+    assert differences(whole, resumed) == []
 
 
 def test_a_killed_worker_ends_the_run_with_a_message_and_a_whole_checkpoint(corpus_file, tmp_path):

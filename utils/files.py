@@ -7,7 +7,7 @@ import mmap
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` to write to; afterwards the file is fsynced and renamed to `path`.
 
     `path` always holds the whole old content or the whole new one. If the block raises, `path` stays as it was and the
-    temporary file is deleted.
+    temporary file is deleted. An OSError without a file's name, such as that of a full disk, gets that of `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -29,8 +29,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class LockedError(Exception):
