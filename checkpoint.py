@@ -7,6 +7,10 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +20,8 @@ from model import MODELS, ModelConfig, Transformer, adapt, least_bytes, lora_sta
 from tokenizer import Tokenizer, tokenizer_from_dict
 from utils.console import say
 from utils.devices import memory_problem, pick_device
-from utils.files import atomic_write, check_seal, seal, sha256_of
+from utils.errors import ArgumentError
+from utils.files import LockedError, atomic_write, check_seal, locked, seal, sha256_of
 
 FORMAT = 2
 ENTRIES = {  # of the dictionary in a file, and their types
@@ -87,8 +92,11 @@ def write_state(
         "training": training,
     }
     with atomic_write(path) as temporary:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # which torch makes of an OSError, such as that of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         seal(temporary)
 
 
@@ -216,19 +224,55 @@ def newest_checkpoint(out: str | Path = "out", name: str | None = None) -> Path:
 class CheckpointWriter:
     """Writes a run's files: last.pt and metrics.jsonl at every validation, best.pt when it is the best so far.
 
-    `trainer` is a `trainer.Trainer`, of which only history and checkpoint() are used. If `folder` holds another run,
-    that is moved aside when the first checkpoint of this one is written.
+    `trainer` is a `trainer.Trainer`, of which only step, history and checkpoint() are used. If `folder` holds another
+    run, that is moved aside when the first checkpoint of this one is written.
     """
 
     def __init__(self, trainer, folder: Path, resumed_from: Path | None = None):
-        self.trainer, self.folder = trainer, folder
+        self.trainer, self.folder, self.resumed_from = trainer, folder, resumed_from
         self.is_new = resumed_from is None or resumed_from.resolve().parent != folder.resolve()
+        self.saved = time.monotonic()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep the folder to this process inside the block, and complete what a killed process left there.
+
+        Raises ArgumentError if another process trains into it or nothing can be written to it.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder.with_name(f".{self.folder.name}.lock")))
+                self.folder.mkdir(exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+            except LockedError as error:
+                problem = f"{self.folder}: {error} trains into it: wait for it, or choose another folder"
+                raise ArgumentError("out", problem) from None
+            except OSError as error:
+                raise ArgumentError("out", f"{self.folder}: cannot write there ({error.strerror})") from None
+            self.complete()
+            yield
+
+    def complete(self) -> None:
+        """Delete the temporary files of a killed process, and write what it had yet to write after last.pt."""
+        for leftover in self.folder.glob("*.part"):
+            leftover.unlink()
+        history = self.trainer.history
+        if not self.is_new and self.resumed_from.name == "last.pt" and history:
+            self.write_history()
+            if history[-1]["step"] == self.trainer.step:
+                self.save_best()
 
     def on_validation(self, record: dict) -> None:
         """Save the state of this validation."""
         self.save_last()
+        self.save_best()
+
+    def save_best(self) -> None:
+        """Make best.pt the state in last.pt, if its record is the best so far."""
+        losses = list(map(loss_of_weights, self.trainer.history))
         best = self.folder / "best.pt"  # missing at first, also if the history of another folder has a better record
-        if loss_of_weights(record) <= min(map(loss_of_weights, self.trainer.history)) or not best.exists():
+        if losses[-1] <= min(losses) or not best.exists():
             copy_checkpoint(self.folder / "last.pt", best)
 
     def save_last(self) -> None:
@@ -240,7 +284,17 @@ class CheckpointWriter:
             say(f"the run that was in {self.folder} is now in {aside}")
         self.is_new = False
         save_checkpoint(self.folder / "last.pt", self.trainer.checkpoint())
+        self.write_history()
+        self.saved = time.monotonic()
+
+    def write_history(self) -> None:
+        """Write metrics.jsonl."""
         self._write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
+
+    def save_if_older(self, seconds: float) -> None:
+        """`save_last`, if the last time is so long ago."""
+        if time.monotonic() - self.saved >= seconds:
+            self.save_last()
 
     def save_summary(self, summary: dict) -> None:
         """Write summary.json; of a run that trained adapters also adapters.pt, the best ones alone."""

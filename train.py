@@ -2,9 +2,10 @@
 
 import argparse
 import shlex
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,12 +32,14 @@ if TYPE_CHECKING:  # torch is imported after the arguments are parsed: --help is
 MODELS, ARCHITECTURES, OPTIMIZERS = ("llada", "gpt"), ("rotary", "vanilla"), ("muon", "adamw")
 SEGMENTS = ("window", "speech", "paragraph", "line")
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "ngram_rows")  # comes with the model that --init-from names
+MOVABLE = ("data", "pairs", "steps", "minutes", "eval_every")  # what may change when a run is resumed
 LAPTOP_MINUTES = 2.75
 FINE_TUNING_MINUTES = 1.0
 LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
 SAMPLE_CHARACTERS = 120  # of --sample-every
 PROMPT_CHARACTERS, PROMPT_SEARCH = 24, 4000  # of the prompt in the last line; tokens to look for it in
-NO_SETTINGS = ("preset", "device", "out", "export", "resume", "sample_every")  # flags that are no fields of TrainConfig
+# Flags that are no fields of TrainConfig
+NO_SETTINGS = ("preset", "device", "out", "export", "resume", "save_every", "sample_every")
 
 EXAMPLES = """
 python train.py
@@ -153,6 +156,8 @@ def add_run_flags(parser: Parser) -> None:
     minutes = f"end after this time (default: {LAPTOP_MINUTES:g} on a laptop; on a GPU 5000 steps)"
     length.add_argument("--minutes", type=number(float, above=0), metavar="M", help=minutes)
     add("--eval-every", type=POSITIVE_INT, metavar="STEPS", help="validate this often (default: ten times a run)")
+    save = "save at least this often, besides at validations (default: 10)"
+    add("--save-every", type=number(float, above=0), default=10.0, metavar="MINUTES", help=save)
     sample = "show a short text of the model after each N-th validation, 0 never (default: 1 on a terminal, else 0)"
     add("--sample-every", type=number(int, low=0), metavar="N", help=sample)
 
@@ -257,12 +262,22 @@ def start_run(args: argparse.Namespace, processes: "Processes", start: float) ->
         if base is not None:
             trainer.remember_base(base)
         return trainer
-    changes = {name: value for name, value in given_settings(args).items() if name != "model"}
-    for name in (*changes, *(["preset"] if args.preset else [])):
-        if name not in ("data", "pairs", "steps", "minutes", "eval_every"):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} cannot change when resuming: drop it (--steps or --minutes may move the end)")
-    return Trainer.resume(load_checkpoint(resume_path(args)), processes, clock, **changes)
+    checkpoint = load_checkpoint(resume_path(args))
+    return Trainer.resume(checkpoint, processes, clock, **changed_settings(args, checkpoint))
+
+
+def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint") -> dict:
+    """The flags that change a run that is resumed. Raises ArgumentError for one that contradicts it."""
+    settings, config = given_settings(args), checkpoint.training.get("config", {})
+    if settings["model"] == MODELS[0]:  # the default: perhaps not given
+        del settings["model"]
+    if args.preset:
+        raise ArgumentError("preset", "has no effect when resuming: drop it")
+    for name, value in settings.items():
+        if name not in MOVABLE and config and value != config[name]:
+            problem = f"{value}: the run in {checkpoint.path} has {config[name]}, which cannot change: drop it"
+            raise ArgumentError(name, f"{problem} (--steps or --minutes may move the end)")
+    return {name: value for name, value in settings.items() if name in MOVABLE}
 
 
 def resume_path(args: argparse.Namespace) -> Path | None:
@@ -338,11 +353,12 @@ def train(args: argparse.Namespace, start: float) -> None:
         raise ArgumentError("export", f"{args.export} is a folder: name a file")
     tune_cpu()
     processes = Processes(pick_device(args.device))
-    with processes.joined():
+    with processes.joined(), ExitStack() as stack:
         trainer = start_run(args, processes, start)
         model, folder = trainer.config.model, args.out / trainer.config.model
         writer = CheckpointWriter(trainer, folder, resume_path(args))
         if processes.is_main:
+            stack.enter_context(writer.opened())
             parameters, looked_up = trainer.model.num_parameters(), trainer.model.num_looked_up()
             share = f"{100 * looked_up / parameters:.0f} % of them rows of tables that are looked up"
             say(f"{model}: {parameters:,} parameters ({share}) on {trainer.corpus.name}, {processes}")
@@ -355,8 +371,12 @@ def train(args: argparse.Namespace, start: float) -> None:
                 if sample_every and len(trainer.history) % sample_every == 0:
                     say_sample(trainer)
 
-        with deferred_interrupt() as stopping, progress(1, "train", processes.is_main) as update:
-            session = trainer.train(on_validation, update, stopping)
+        def after_step() -> None:
+            if processes.is_main:
+                writer.save_if_older(60 * args.save_every)
+
+        with deferred_interrupt(signal.SIGTERM) as stopping, progress(1, "train", processes.is_main) as update:
+            session = trainer.train(on_validation, update, stopping, after_step)
         if not processes.is_main:
             return
         if stopping():

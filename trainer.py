@@ -280,11 +280,13 @@ class Trainer:
         on_validation: Callable[[dict], None] = lambda record: None,
         update: Callable[[float, Callable[[], str]], None] = lambda done, status: None,
         stopping: Callable[[], bool] = lambda: False,
+        after_step: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Train to the end of the run, or until stopping() after a step.
 
         Returns tokens_per_second and flops_per_second of this call. on_validation(record) is called for each new
-        record of the history, update(done, status) after each step.
+        record of the history, update(done, status) after each step, and after_step() after its validation, if any: only
+        there can the state be saved.
         """
         step, flops, began = self.step, self.flops, self.clock()
         eval_every = self.config.eval_every or (self.config.steps and max(1, self.config.steps // VALIDATIONS))
@@ -303,6 +305,7 @@ class Trainer:
                 next_validation += 1 / VALIDATIONS
                 self.history.append(self.validation_record(is_last=done >= 1))
                 on_validation(self.history[-1])
+            after_step()
         seconds = self.clock() - began
         return {
             "tokens_per_second": (self.step - step) * self.tokens_per_step / seconds,
@@ -324,7 +327,7 @@ class Trainer:
     def train_step(self, done: float) -> Tensor:
         """One optimizer step on one global batch, `done` of the run being over.
 
-        Returns the loss of this process's share of the batch, nats/character, on the device.
+        Returns its loss, nats/character, on the device: the same in all processes, so that process 0 can save it.
         """
         batch = self.objective.make_batch(self.sample_rows(done), self.generator)
         self.flops += self.model.flops_per_token(batch.inputs.shape[1]) * batch.inputs.numel()
@@ -338,7 +341,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return total
+        return self.processes.mean(total)
 
     # --------------------------------------------------------------------------------------------- validation
     def validation_record(self, is_last: bool) -> dict:
@@ -351,10 +354,14 @@ class Trainer:
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
-            "train_loss": self.processes.mean(torch.stack(self.losses).mean()).item(),
+            "train_loss": torch.stack(self.losses).mean().item(),
             "val_loss": self.validate(),
             "lr": self.optimizers[-1].param_groups[0]["lr"],
         }
+        if not math.isfinite(record["train_loss"] + record["val_loss"]):
+            losses = f"{record['train_loss']} in training, {record['val_loss']} in validation"
+            advice = "try a smaller --lr and --ngram-lr; what was saved before is intact"
+            raise ValueError(f"the loss is not finite at step {self.step} ({losses}): {advice}")
         self.losses.clear()
         if is_last and self.calibration_rows is not None:
             record["temperature"] = self.calibrate()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 import pytest
 import torch
 from conftest import ROOT, TINY
+from kill_training import differences
 
 import train
 from checkpoint import CheckpointWriter, load_checkpoint, loss_of_weights
@@ -272,16 +274,25 @@ def torchrun(tmp_path, *arguments) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_two_processes_train_the_same_model_as_one(command, corpus_file, tmp_path):
-    flags = ["--data", corpus_file, *TINY, "--steps", 6, "--eval-every", 2]
+def test_two_processes_train_the_same_model_as_one_and_go_on_from_any_step(command, corpus_file, tmp_path):
+    flags = ["--data", corpus_file, *TINY, "--steps", 60, "--eval-every", 20]
     command("train.py", *flags, "--out", "one")
-    process = torchrun(tmp_path, *flags, "--out", "two")
+    process = torchrun(tmp_path, *flags, "--out", "two", "--save-every", 1e-6)
+    for line in process.stderr:
+        if line.startswith("step     20"):
+            (tmp_path / "part/llada").mkdir(parents=True)
+            shutil.copy(tmp_path / "two/llada/last.pt", tmp_path / "part/llada/last.pt")  # of this step, or a later one
+            break
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 0, errors
     assert errors.count("nats/char, upper bound") == 1, "only process 0 reports"
     one, two = (load_checkpoint(tmp_path / out / "llada/last.pt").history for out in ("one", "two"))
     for key in ("train_loss", "val_loss"):
         assert [line[key] for line in one] == pytest.approx([line[key] for line in two], rel=1e-4)
+    assert 20 <= load_checkpoint(tmp_path / "part/llada/last.pt").step < 60
+    assert torchrun(tmp_path, "--resume", "--out", "part").wait(120) == 0
+    whole, resumed = (torch.load(tmp_path / out / "llada/last.pt") for out in ("two", "part"))
+    assert differences(whole, resumed) == []
 
 
 def test_a_killed_worker_ends_the_run_with_a_message_and_a_whole_checkpoint(corpus_file, tmp_path):
@@ -421,6 +432,16 @@ def test_resuming_needs_the_state_of_a_run_and_its_text(corpus_file, tmp_path):
     checkpoint = trainer.checkpoint()
     with pytest.raises(ValueError, match="no training state"):
         Trainer.resume(replace(checkpoint, training={}), Processes("cpu"))
+    for flags, words in (
+        (["--lr", "1"], r"lr 1\.0: the run in .* has 0\.006, which cannot change: drop it"),
+        (["--model", "gpt", "--n-layer", "3"], "n_layer 3: the run in .* has 1, "),
+        (["--model", "llada", "--preset", "gpu"], "preset has no effect when resuming"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            train.changed_settings(train.make_parser().parse_args(["--resume", *flags]), checkpoint)
+    same = ["--resume", "--lr", "0.006", "--n-layer", "1", "--steps", "9"]
+    changes = train.changed_settings(train.make_parser().parse_args(same), checkpoint)
+    assert changes == {"steps": 9, "minutes": None}
     corpus_file.write_text("quite another text " * 100)
     with pytest.raises(ValueError, match="is not the text the model was trained on"):
         Trainer.resume(checkpoint, Processes("cpu"))
@@ -501,8 +522,6 @@ def test_the_first_ctrl_c_during_the_final_validation_ends_the_program(corpus_fi
         (["--device", "cpu:foo"], ["--device cpu:foo", "cpu"]),
         (["--arch", "vanilla", "--ngram-rows", "7"], ["--ngram-rows", "vanilla"]),
         (["--resume"], ["out/llada/last.pt", "no such checkpoint"]),
-        (["--resume", "--lr", "1"], ["--lr", "drop it"]),
-        (["--resume", "--preset", "gpu"], ["--preset", "drop it"]),
         (["--minutes", "0.0001"], ["--minutes 0.0001", "before the first step"]),
         (["--steps", "1", "--minutes", "1"], ["--minutes", "--steps"]),
     ],

@@ -260,23 +260,26 @@ SEED = number(int, low=0, high=2**63 - 1)
 
 # ------------------------------------------------------------------------------------------------- long work
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield stopping(), true once Ctrl-C was pressed, so that a loop can end after a whole step.
+def deferred_interrupt(*signals: int) -> Iterator[Callable[[], bool]]:
+    """Yield stopping(), true once Ctrl-C was pressed or one of the signals came, so that a loop can end after a step.
 
-    A second Ctrl-C raises KeyboardInterrupt as usual.
+    The second time each of them acts as usual: a second Ctrl-C raises KeyboardInterrupt.
     """
-    pressed = False
+    received = False
+    previous: dict[int, object] = {}
 
-    def on_interrupt(*_) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, previous)
+    def on_signal(number: int, _) -> None:
+        nonlocal received
+        received = True
+        signal.signal(number, previous[number])
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    for number in (signal.SIGINT, *signals):
+        previous[number] = signal.signal(number, on_signal)
     try:
-        yield lambda: pressed
+        yield lambda: received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` to write to; afterwards the file is fsynced and renamed to `path`.
 
     `path` always holds the whole old content or the whole new one. If the block raises, `path` stays as it was and the
-    temporary file is deleted.
+    temporary file is deleted. An OSError without a file's name, such as that of a full disk, gets that of `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -28,8 +29,41 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class LockedError(Exception):
+    """A lock that another process holds: the message says which."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file as a lock inside the block. Raises LockedError if another process does, and OSError.
+
+    The system releases the lock when its process ends, however it ends; the file stays. Windows has no such lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise LockedError(file.read().strip() or "another process") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def sha256_of(path: Path) -> str:

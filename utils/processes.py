@@ -4,7 +4,6 @@ With one process every function here does nothing or returns its argument.
 """
 
 import os
-import signal
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -37,7 +36,6 @@ class Processes:
         if self.world == 1:
             yield
             return
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(self.lost()))  # torchrun ends the surviving processes so
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         try:
             yield
