@@ -101,9 +101,10 @@ def make_parser() -> Parser:
     add("--batch-size", type=POSITIVE_INT, help="windows in a step, over all processes and micro-batches")
     add("--accumulate", type=POSITIVE_INT, help="micro-batches in a step: less memory, same result")
     add("--optimizer", choices=OPTIMIZERS, help="of the blocks' matrices (default: muon)")
-    add("--lr", type=number(float, above=0), help="peak learning rate of AdamW; Muon's and the embeddings' follow")
-    add("--ngram-lr", type=number(float, above=0), help="peak learning rate of the n-gram tables, per token")
-    add("--weight-decay", type=number(float, low=0), help="of the blocks' matrices")
+    add("--lr", type=number(float, above=0, high=1e6),
+        help="peak learning rate of AdamW; Muon's and the embeddings' follow")  # fmt: skip
+    add("--ngram-lr", type=number(float, above=0, high=1e6), help="peak learning rate of the n-gram tables, per token")
+    add("--weight-decay", type=number(float, low=0, high=1e6), help="of the blocks' matrices")
     add("--calibration", type=number(float, low=0, below=1),
         help="share of the training text to hold out, on which a temperature is fitted at the end")  # fmt: skip
     add("--short-share", type=number(float, low=0, high=1), help="share of the run in which windows are cut in half")

@@ -36,9 +36,10 @@ from generation.infilling import (
 )
 from generation.live import watch
 from generation.text import Config, GeneratorTransformer, prompt_ids, stream_texts
+from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
 from utils.console import counted, progress, say, write
-from utils.devices import pick_device
+from utils.devices import memory_problem, pick_device
 from utils.errors import ArgumentError
 from utils.standard_input import read_input
 
@@ -57,12 +58,23 @@ def write_as_asked(args: Namespace) -> None:
         args.prompt = read_prompt(args)
         if mode != "top" or writer.model.causal:
             refuse_masks(args.prompt)
+    check_memory(args, writer.model)
     if args.compile:
         say("compiling; later runs reuse the result")
         writer.model.compile()
     write_text = print_decoded if writer.model.causal else print_file if args.infill_file is not None else print_filled
     modes = {"chat": answer_prompts, "top": print_next_tokens, "num_beams": print_beams, "text": write_text}
     modes[mode](writer, args)
+
+
+def check_memory(args: Namespace, model: Transformer) -> None:
+    """Raise ArgumentError for more texts than there is memory for: their ids, logits, keys and values count."""
+    config, name = model.config, "num_samples" if args.num_beams is None else "num_beams"
+    T = min(config.block_size, 1 if is_template(args) else args.max_out_tokens)
+    cached = 8 * config.n_layer * config.n_embd * T
+    a_row = 8 * args.max_out_tokens + (16 * config.vocab_size + cached if model.causal else 16 * config.vocab_size * T)
+    if problem := memory_problem(a_row * getattr(args, name)):
+        raise ArgumentError(name, f"{getattr(args, name)} {problem}: ask for fewer")
 
 
 def is_template(args: Namespace) -> bool:
