@@ -185,9 +185,10 @@ def add_optimization_flags(parser: Parser) -> None:
     add("--accumulate", type=POSITIVE_INT, metavar="N", help=accumulate)
     add("--optimizer", choices=OPTIMIZERS, help="of the blocks' matrices (default: muon)")
     lr = "peak learning rate of AdamW; Muon's and the embeddings' follow"
-    add("--lr", type=number(float, above=0), metavar="R", help=lr)
-    add("--ngram-lr", type=number(float, above=0), metavar="R", help="peak of the n-gram tables, per token")
-    add("--weight-decay", type=number(float, low=0), metavar="R", help="of the blocks' matrices")
+    add("--lr", type=number(float, above=0, high=1e6), metavar="R", help=lr)
+    ngram_lr = "peak of the n-gram tables, per token"
+    add("--ngram-lr", type=number(float, above=0, high=1e6), metavar="R", help=ngram_lr)
+    add("--weight-decay", type=number(float, low=0, high=1e6), metavar="R", help="of the blocks' matrices")
     calibration = "share of the training text to hold out, on which a temperature is fitted at the end"
     add("--calibration", type=number(float, low=0, below=1), metavar="P", help=calibration)
     short_share = "share of the run in which windows are cut in half"

@@ -33,11 +33,12 @@ from data import (
 )
 from diffusion import DiffusionObjective
 from likelihood import Likelihood, pairs_needed
-from model import MODELS, ModelConfig, Transformer, adapt
+from model import MODELS, ModelConfig, Transformer, adapt, least_bytes
 from optim import build_optimizers, learning_rate_factor, set_learning_rate
 from tokenizer import SPECIAL_TOKENS, SimpleTokenizer, Tokenizer, read_tokenizer, train_bpe
 from utils.console import progress, say
 from utils.counter import EvaluationCounter
+from utils.devices import memory_problem
 from utils.errors import ArgumentError, check_number
 from utils.files import sha256_of
 from utils.processes import Processes
@@ -199,6 +200,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # initial weights and dropout
         network = config.model_config(corpus.tokenizer.vocab_size)
         self.generator = torch.Generator().manual_seed(config.seed)  # windows and masks
+        self._check_memory(network)
         model = MODELS[config.model](network) if base is None else adapt(base.model, network, self.generator)
         self.model = model.to(processes.device)
         for module in self.model.modules():
@@ -211,6 +213,19 @@ class Trainer:
         if config.compile:
             self.model.encoder.compile()
         self.replica = processes.replicate(self.model)  # its gradients are averaged over the processes
+
+    def _check_memory(self, network: ModelConfig) -> None:
+        """Raise ArgumentError, before anything is allocated, for sizes that this machine has no memory for.
+
+        Counted is what is needed at least: the weights, and what the layers and the head keep for the backward pass.
+        """
+        config, C, V = self.config, network.n_embd, network.vocab_size
+        rows = config.batch_size // (config.accumulate * self.processes.world)
+        activations = 4 * rows * config.block_size * (12 * C * config.n_layer + V)
+        weights = least_bytes(config.model, network)
+        if problem := memory_problem(weights + activations, self.processes.device):
+            largest = "batch_size" if activations > weights else "ngram_rows" if network.ngram_rows > C else "n_embd"
+            raise ArgumentError(largest, f"{getattr(config, largest)} {problem}: use smaller sizes, or --accumulate")
 
     def _split_corpus(self) -> None:
         """Set the rows to train on, to calibrate and to validate on."""

@@ -49,7 +49,7 @@ from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
 from utils.console import counted, progress, say, write
 from utils.counter import EvaluationCounter
-from utils.devices import pick_device
+from utils.devices import memory_problem, pick_device
 from utils.errors import ArgumentError
 from utils.standard_input import read_input
 
@@ -70,6 +70,7 @@ def write_as_asked(args: Namespace) -> None:
         args.prompt = read_prompt(args)
         if mode != "top" or writer.model.causal:
             refuse_masks(args.prompt)
+    check_memory(args, writer.model)
     if args.compile:
         say("compiling; later runs reuse the result")
         writer.model.compile()
@@ -86,6 +87,16 @@ def text_mode(writer: GeneratorTransformer, args: Namespace) -> Callable[[Genera
     if args.watch or args.html or args.gif:
         return print_viewed
     return print_decoded if writer.model.causal else print_filled
+
+
+def check_memory(args: Namespace, model: Transformer) -> None:
+    """Raise ArgumentError for more texts than there is memory for: their ids, logits, keys and values count."""
+    config, name = model.config, "num_samples" if args.num_beams is None else "num_beams"
+    T = min(config.block_size, 1 if is_template(args) else args.max_out_tokens)
+    cached = 8 * config.n_layer * config.n_embd * T
+    a_row = 8 * args.max_out_tokens + (16 * config.vocab_size + cached if model.causal else 16 * config.vocab_size * T)
+    if problem := memory_problem(a_row * getattr(args, name)):
+        raise ArgumentError(name, f"{getattr(args, name)} {problem}: ask for fewer")
 
 
 def load(args: Namespace, name: str | None) -> GeneratorTransformer:

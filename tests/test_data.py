@@ -1,11 +1,16 @@
 """The download against a server on loopback; corpora by name and path; the split; windows and batches."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import random
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -38,10 +43,17 @@ def server():
             def do_GET(self):
                 status, body, length = answers.pop(0) if len(answers) > 1 else answers[0]
                 self.server.hits += 1
+                if status is None:  # no answer at all
+                    return
                 self.send_response(status)
-                self.send_header("Content-Length", str(length))
+                if status == 302:
+                    self.send_header("Location", "/elsewhere.txt")
+                if length is not None:
+                    self.send_header("Content-Length", str(length))
                 self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(OSError):  # the client has had enough
+                    for part in [body] if isinstance(body, bytes) else body():
+                        self.wfile.write(part)
 
             def log_message(self, *_):
                 pass
@@ -69,7 +81,18 @@ whole, missing, broken = (200, GOOD, len(GOOD)), (404, b"", 0), (500, b"", 0)
 cut_off, altered = (200, GOOD[:1000], len(GOOD)), (200, GOOD[:-1] + b"!", len(GOOD))
 
 
-@pytest.mark.parametrize("first", [missing, broken, cut_off, altered])
+def drip():
+    """A body that takes a minute and more."""
+    for byte in GOOD:
+        time.sleep(0.01)
+        yield bytes([byte])
+
+
+silent, moved, endless = (None, b"", 0), (302, b"", 0), (200, lambda: itertools.repeat(b"x" * 999), None)
+slow, no_length, empty = (200, drip, len(GOOD)), (200, GOOD, None), (200, b"", 0)
+
+
+@pytest.mark.parametrize("first", [missing, broken, cut_off, altered, silent, moved, empty])
 def test_download_retries_and_checks_the_content(server, tmp_path, first):
     http, url = server(first, whole)
     path = download(tmp_path / "a" / "input.txt", url, SHA256)
@@ -78,13 +101,53 @@ def test_download_retries_and_checks_the_content(server, tmp_path, first):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("answer", "reason"), [(missing, "404"), (cut_off, "IncompleteRead"), (altered, "SHA-256")])
-def test_failed_download_gives_the_reason_and_leaves_the_old_file(server, tmp_path, answer, reason):
+def test_an_answer_without_a_length_is_downloaded(server, tmp_path):
+    assert download(tmp_path / "input.txt", server(no_length)[1], SHA256).read_bytes() == GOOD
+
+
+def test_proxies_of_the_environment_are_used(server, tmp_path, monkeypatch):
+    http, url = server(whole)
+    monkeypatch.setenv("HTTP_PROXY", url)
+    monkeypatch.setenv("NO_PROXY", "")
+    assert download(tmp_path / "input.txt", "http://nowhere.invalid/input.txt", SHA256).read_bytes() == GOOD
+    assert http.hits == 1
+
+
+def test_two_downloads_at_once_leave_one_whole_file(server, tmp_path):
+    url = server(whole)[1]
+    program = "import pathlib, sys; from utils.download import download as get; get(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
+    words = [sys.executable, "-c", program, str(tmp_path / "input.txt"), url, SHA256]
+    processes = [subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("input.txt", GOOD)]
+
+
+def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.download, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download(tmp_path / "input.txt", server(whole)[1], SHA256)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        *((missing, "404"), (broken, "500"), (cut_off, "IncompleteRead"), (altered, "SHA-256"), (empty, "SHA-256")),
+        *((silent, "Connection aborted"), (moved, "redirects"), (endless, "more than 100,000 bytes")),
+        (slow, r"only [\d,]+ bytes came in 0 seconds"),
+    ],
+)
+def test_failed_download_gives_the_reason_and_leaves_the_old_file(server, tmp_path, monkeypatch, answer, reason):
+    monkeypatch.setattr(utils.download, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(utils.download, "MOST_SECONDS", 0.5)
     http, url = server(answer)
     (tmp_path / "input.txt").write_text("old")
     with pytest.raises(OSError, match=reason):
         download(tmp_path / "input.txt", url, SHA256)
-    assert http.hits == 3
+    assert http.hits == (3 * 31 if answer is moved else 3)  # requests follows 30 redirects
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("input.txt", "old")]
 
 

@@ -1,0 +1,201 @@
+"""Bad input to the real command lines: one line that names the flag or the file, exit code 2, no file changed.
+
+All commands run in this process, on one pair of tiny models.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import evaluate
+import generate
+import train
+from utils.console import run_program
+from utils.files import seal
+
+PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate}
+HUGE = "9" * 30
+WORDS = ("x", "nan", "inf", "1e999", "")
+NUMBERS = {  # program and flag -> values that it must refuse
+    **{f"train {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--n-layer", "--n-head", "--n-embd", "--block-size")},
+    **{f"train {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--ngram-rows", "--batch-size", "--accumulate")},
+    **{f"train {flag}": ("0", "-1", HUGE, *WORDS) for flag in ("--lr", "--ngram-lr")},
+    **{f"train {flag}": ("0", "-1", *WORDS) for flag in ("--minutes", "--save-every")},
+    **{f"train {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--steps", "--eval-every", "--lora-rank")},
+    **{f"train {flag}": ("-1", "1", HUGE, *WORDS) for flag in ("--dropout", "--ngram-dropout", "--calibration")},
+    "train --val-fraction": ("0", "-1", "1", HUGE, *WORDS),
+    "train --short-share": ("-1", "1.1", HUGE, *WORDS),
+    "train --weight-decay": ("-1", HUGE, *WORDS),
+    "train --vocab-size": ("0", "-1", "260", HUGE, *WORDS),
+    "train --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
+    "generate --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
+    "evaluate --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
+    **{f"generate {flag}": ("0", "-1", HUGE, *WORDS) for flag in ("--length", "--steps", "--top-p")},
+    **{f"generate {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--num-samples", "--top", "--beams", "--top-k")},
+    **{f"generate {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--slide", "--block-length", "--context-len")},
+    **{f"generate {flag}": ("-1", *WORDS) for flag in ("--temperature", "--cfg", "--factor", "--entropy-bound")},
+    **{f"generate {flag}": ("-1", "1.1", *WORDS) for flag in ("--threshold", "--eta")},
+    "generate --repetition-penalty": ("0", "-1", *WORDS),
+    "generate --length-penalty": ("-11", "11", *WORDS),
+}
+SIZES = [  # flags that are numbers, but impossible ones; what the line must say
+    ("train --n-layer 1001", "--n-layer must be at most 1000"),
+    (f"train --n-embd {HUGE}", "--n-embd must be"),
+    (f"train --n-head {HUGE}", "--n-head must be"),
+    ("train --n-embd 30 --n-head 4", "--n-embd must be a multiple of 2 * n_head"),
+    ("train --n-embd 16777216 --n-head 1", "GB of memory"),
+    ("train --n-embd 1048576", "GB of memory"),
+    (f"train --block-size {HUGE}", "--block-size must be"),
+    ("train --block-size 5000", "too few for one window of 5000"),
+    (f"train --ngram-rows {HUGE}", "--ngram-rows must be"),
+    ("train --ngram-rows 16777216 --n-embd 1024", "--ngram-rows 16777216 needs at least"),
+    (f"train --batch-size {HUGE}", f"--batch-size {HUGE} needs at least"),
+    ("train --batch-size 1000000000", "--batch-size 1000000000 needs at least"),
+    (f"train --accumulate {HUGE}", "is not a multiple of"),
+    ("train --batch-size 6 --accumulate 4", "--batch-size 6 is not a multiple of 4"),
+    ("train --val-fraction 1e-300", "too few for one window"),
+    ("train --calibration 0.9999", "--calibration 0.9999 leaves"),
+    ("train --minutes 1e-9", "--minutes 1e-09 are over before the first step"),
+    ("train --lr 1e6 --eval-every 4", "the loss is not finite at step"),
+    ("train --steps 1 --minutes 1", "not allowed with"),
+    ("train --lora-rank 2", "--lora-rank needs a model to adapt"),
+    ("train --vocab-size 300", "--vocab-size needs --tokenizer bpe"),
+    ("train --arch vanilla --ngram-rows 7", "--ngram-rows: the vanilla network has no n-gram tables"),
+    ("train --model bert", "'bert' is not one of llada, gpt"),
+    ("train --optimizer sgd", "--optimizer"),
+    ("train --preset phone", "--preset"),
+    ("train --segments verse", "--segments"),
+    ("train --device quantum", "--device quantum: not available"),
+    ("train --device cpu:1", "--device cpu:1"),
+    ("train --nlayer 3", "did you mean --n-layer?"),
+    ("generate --model gpt --beams 1000000000", "--beams 1000000000 needs at least"),
+    ("generate --model gpt --num-samples 1000000000", "--num-samples 1000000000 needs at least"),
+    (f"generate --model llada --num-samples {HUGE}", f"--num-samples {HUGE} needs at least"),
+    ("generate --model gpt --beams 2 --num-samples 3", "--num-samples must be at most 2"),
+    ("generate --model gpt --slide 17", "--slide must be in 1..16"),
+    ("generate --model llada --slide 17", "--slide must be in 1..16"),
+    ("generate --model gpt --context-len 17", "--context-len"),
+    ("generate --model llada --steps 3 --block-length 4 --length 16", "--steps must be at least 4"),
+    ("generate --model llada --schedule 1,x", "--schedule"),
+    ("generate --model llada --schedule 1,2 --length 16", "schedule"),
+    ("generate --model llada --schedule 0,16 --length 16", "schedule"),
+    ("generate --model llada --beams 2", "--beams has no effect on a llada model"),
+    ("generate --model llada --eta 0.1", "--eta needs --remask"),
+    ("generate --model gpt --remask conf", "--remask has no effect on a gpt model"),
+    ("generate --model gpt --infill a[MASK]", "--infill"),
+    ("generate --model llada --infill the", "--infill"),
+    ("generate --model llada --infill [MASK*0]", "--infill"),
+    ("generate --model gpt --prompt a[MASK]", "--prompt"),
+    ("generate --prompt \u20ac", "unknown character '\u20ac'"),
+    ("generate --prompt \udcff", "--prompt"),
+    ("generate --out nowhere", "no checkpoint under nowhere/"),
+    ("generate --out out --checkpoint out/gpt", "--out has no effect with --checkpoint"),
+    ("generate --chat --top 3", "not allowed with"),
+    ("generate --order best", "--order"),
+    ("generate --top 3 --seed 1", "--seed has no effect with --top"),
+    ("evaluate --out nowhere", "no checkpoint under nowhere/"),
+    ("evaluate --device quantum", "--device quantum"),
+    ("evaluate --data other.txt", "is not the text the model was trained on"),
+    ("evaluate --data missing.txt", "--data missing.txt: no such file"),
+    ("evaluate --report corpus.txt", "corpus.txt"),
+    ("evaluate out/gpt out/gpt", "are both gpt"),
+    ("evaluate out", "no best.pt or last.pt"),
+]
+FILES = [  # a program's way to read a file, what is in it, and what the line must say besides its name
+    *((f"{way} {name}", name) for way in ("generate --checkpoint", "evaluate", "train --resume", "train --init-from")
+      for name in ("missing.pt", "empty", "text.pt", "cut.pt", "long.pt", "flipped.pt", "foreign.pt", "other.txt")),
+    *((f"train --data {name}", name) for name in ("missing.txt", "empty", "latin1.txt", "half.txt", "out", "cut.pt")),
+    ("train --data one.txt", "1 tokens to train on are too few|0 tokens"),
+    ("train --data short.txt", "too few for one window of 16"),
+    *((f"train --pairs {name}", name) for name in ("missing.txt", "empty", "text.pt", "latin1.txt", "pairs.jsonl")),
+    *((f"train --tokenizer {name}", name) for name in ("missing.txt", "empty", "text.pt", "latin1.txt", "x.json")),
+    *((f"generate --infill-file {name}", name) for name in ("missing.txt", "empty", "latin1.txt", "out", "other.txt")),
+    ("train --out corpus.txt", "--out corpus.txt/llada: cannot write there"),
+    ("train --out readonly", "--out readonly/llada: cannot write there"),
+    ("train --resume --lr 1", "--lr 1.0: the run in out/llada/last.pt has 0.006, which cannot change"),
+    ("train --resume --n-layer 2", "--n-layer 2: the run in out/llada/last.pt has 1, which cannot change"),
+    ("train --resume --preset gpu", "--preset has no effect when resuming"),
+    ("train --resume out/llada/last.pt --model gpt", "--model gpt: the run in out/llada/last.pt has llada"),
+    ("train --resume --data other.txt", "is not the text the model was trained on"),
+    ("train --resume --out nowhere", "nowhere/llada/last.pt: no such checkpoint"),
+    ("train --model llada --init-from out/gpt/last.pt", "--model llada: out/gpt/last.pt holds a gpt model"),
+    ("train --init-from out/llada/last.pt --n-layer 2", "--n-layer comes with the model of out/llada/last.pt"),
+    ("train --init-from out/llada/last.pt --lora-rank 17", "--lora-rank"),
+    ("train --init-from out/llada/last.pt --block-size 17", "--block-size must be at most 16"),
+]
+ROWS = [
+    *((f"{flag} {value}", flag.split()[1]) for flag, values in NUMBERS.items() for value in values),
+    *SIZES,
+    *FILES,
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with two texts, a run of each model, and files that are damaged or something else."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    text = "".join(f"{i}: the king is {['dead', 'alive'][i % 2]}.\n" for i in range(120))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("corpus.txt").write_text(text)
+        for model in ("llada", "gpt"):
+            patch.setattr(sys, "argv", ["train.py", "--model", model, "--data", "corpus.txt", *TINY, "--steps", "1"])
+            train.main()
+        whole = Path("out/gpt/last.pt").read_bytes()
+        contents = {
+            **{"other.txt": text.encode() * 2, "one.txt": b"a", "short.txt": text[:30].encode(), "empty": b""},
+            **{"latin1.txt": "caf\u00e9".encode("latin-1") * 99, "half.txt": text.encode() + b"\xe2\x82"},
+            **{"text.pt": b"no checkpoint", "cut.pt": whole[:-1], "long.pt": whole + b"\0"},
+            **{"flipped.pt": whole[:20000] + bytes([whole[20000] ^ 1]) + whole[20001:]},
+            **{"pairs.jsonl": b'{"prompt": "a"}\n', "x.json": b"{}"},
+        }
+        for name, content in contents.items():
+            Path(name).write_bytes(content)
+        torch.save({"state_dict": {}}, "foreign.pt")
+        seal(Path("foreign.pt"))
+        shutil.copy("corpus.txt", "readonly")
+    torch.set_flush_denormal(False)
+    return folder
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a row; a value that is empty stays one."""
+    words = line.split(" ")
+    flags, given = [], set(words)
+    if words[0] == "train" and not {"--resume", "--init-from"} & given:
+        flags += TINY
+    if words[0] == "train" and not {"--steps", "--minutes"} & given:
+        flags += ["--steps", "4"]
+    if words[0] == "train" and not {"--data", "--pairs", "--resume"} & given:
+        flags += ["--data", "corpus.txt"]
+    return [*flags, *words[1:]]
+
+
+def test_the_table_is_long():
+    assert len(ROWS) == len({line for line, _ in ROWS}) >= 120
+
+
+@pytest.mark.parametrize(("line", "named"), ROWS, ids=[line for line, _ in ROWS])
+def test_bad_input_gets_one_line(work, monkeypatch, capsys, line, named):
+    monkeypatch.chdir(work)
+    before, program = contents(work), line.split()[0]
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *words_of(line)])
+    with pytest.raises(SystemExit) as stop:
+        run_program(PROGRAMS[program].main)
+    torch.set_flush_denormal(False)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    *notes, error = err.splitlines()
+    assert error.startswith(f"{program}.py: error: ")
+    assert any(part in error for part in named.split("|")), error
+    assert all(note.startswith(("llada: ", "gpt: ", "out/")) for note in notes), err  # which model it is about
+    assert out == ""
+    assert contents(work) == before

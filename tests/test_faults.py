@@ -1,0 +1,173 @@
+"""Disks, folders and processes that fail: one clear line, and what was saved before is intact."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import checkpoint
+import train
+from checkpoint import load_checkpoint
+from utils.console import run_program
+from utils.files import LockedError, locked
+
+
+@pytest.fixture
+def call(tmp_path, corpus_file, monkeypatch, capsys):
+    """call("--steps", 3) runs train.py in this process: (exit code, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        usual = [] if "--resume" in flags else ["--data", "corpus.txt", *TINY, "--eval-every", "2"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *usual, *map(str, flags)])
+        try:
+            run_program(train.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        torch.set_flush_denormal(False)
+        return code, capsys.readouterr().err
+
+    return call
+
+
+class FullDisk:
+    """open(), but writing fails after so many bytes with the error of a full disk."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def __call__(self, path, mode="r", *args, **settings):
+        file = open(path, mode, *args, **settings)  # noqa: SIM115
+        if "w" not in mode:
+            return file
+        write, left = file.write, [self.room]
+
+        class Limited:
+            def write(self, data):
+                left[0] -= len(data)
+                if left[0] < 0:
+                    raise OSError(28, "No space left on device")
+                return write(data)
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                file.close()
+
+        return Limited()
+
+
+@pytest.mark.parametrize("room", [0, 1000, 40_000, 80_000])
+def test_a_full_disk_leaves_the_checkpoint_before(call, tmp_path, monkeypatch, room):
+    assert call("--steps", 2)[0] == 0
+    before = (tmp_path / "out/llada/last.pt").read_bytes()
+    monkeypatch.setattr(checkpoint, "open", FullDisk(room), raising=False)
+    code, err = call("--resume", "--steps", 4)
+    assert code == 2
+    assert err.splitlines()[-1] == "train.py: error: out/llada/last.pt: No space left on device"
+    assert (tmp_path / "out/llada/last.pt").read_bytes() == before
+    assert not list((tmp_path / "out/llada").glob("*.part"))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "out/llada/last.pt").step == 2
+
+
+def test_a_folder_that_vanishes_is_made_again(call, tmp_path, monkeypatch):
+    original, calls = train.say_record, []
+
+    def remove(record):
+        original(record)
+        calls.append(record["step"])
+        if record["step"] == 2:
+            shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(train, "say_record", remove)
+    assert call("--steps", 6)[0] == 0
+    assert calls == [2, 4, 6]
+    assert load_checkpoint(tmp_path / "out/llada/last.pt").step == 6
+    assert load_checkpoint(tmp_path / "out/llada/best.pt").step in (4, 6)
+    assert len((tmp_path / "out/llada/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_second_training_into_a_folder_is_told_who_holds_it(call, tmp_path):
+    with locked(tmp_path / "out/.llada.lock"):
+        code, err = call("--steps", 2)
+    assert code == 2
+    assert f"--out out/llada: process {os.getpid()} on " in err.splitlines()[-1]
+    assert call("--steps", 2)[0] == 0  # and a lock file that nobody holds does not matter
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
+    program = "import sys, pathlib, time; from utils.files import locked\n"
+    program += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(LockedError, match=f"^process {process.pid} on "), locked(tmp_path / "lock"):
+        pass
+    process.kill()
+    process.wait()
+    with locked(tmp_path / "lock"):
+        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave(call, tmp_path, number):
+    def send():
+        while not (tmp_path / "out/llada/last.pt").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    code, err = call("--steps", 10**7)
+    thread.join()
+    assert code == 0
+    step = load_checkpoint(tmp_path / "out/llada/last.pt").step
+    assert err.splitlines()[-1].startswith(f"stopped at step {step}; next: python train.py --resume")
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_loss_that_is_not_finite_overwrites_nothing(call, tmp_path):
+    assert call("--steps", 2)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()}
+    for flags in (["--lr", 1e6], ["--ngram-lr", 1e6, "--optimizer", "adamw", "--lr", 1e6]):
+        code, err = call("--steps", 100, "--eval-every", 100, *flags)
+        assert code == 2
+        assert "the loss is not finite at step" in err.splitlines()[-1]
+        assert "try a smaller --lr" in err.splitlines()[-1]
+        assert {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()} == before
+
+
+def test_what_a_killed_training_left_is_completed(call, tmp_path):
+    """It was killed after last.pt was renamed, before best.pt and metrics.jsonl were; and it had begun another file."""
+    assert call("--steps", 2)[0] == 0
+    folder = tmp_path / "out/llada"
+    whole = {name: (folder / name).read_bytes() for name in ("best.pt", "metrics.jsonl")}
+    (folder / "best.pt").unlink()
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "best.pt.999.part").write_text("half")
+    assert call("--resume")[0] == 0  # nothing is left to train
+    assert {name: (folder / name).read_bytes() for name in whole} == whole
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not():
+    flags = ["--kills", "4", "--steps", "200"]
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "tests/kill_training.py"), *flags], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert "4 kills" in process.stdout
