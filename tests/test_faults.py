@@ -165,7 +165,7 @@ def test_what_a_killed_training_left_is_completed(call, tmp_path):
 
 
 def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not():
-    flags = ["--kills", "4", "--steps", "200"]
+    flags = ["--kills", "4", "--steps", "1000"]
     process = subprocess.run(
         [sys.executable, str(ROOT / "tests/kill_training.py"), *flags], capture_output=True, text=True
     )
