@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     *("--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16"),
@@ -22,6 +24,12 @@ TINY = [
 def _one_thread():
     """The tensors are tiny: a second thread makes them slower."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_pretrained_models(monkeypatch):
+    """A test without a checkpoint must not find one that comes with the project; test_pretrained.py opens them."""
+    monkeypatch.setattr(checkpoint, "PRETRAINED", Path("no pretrained models"))
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
 import generate
 from autoregressive import BeamConfig, DecodingConfig, exact_nll
 from checkpoint import Checkpoint, save_checkpoint
@@ -58,7 +57,6 @@ def folder(tmp_path, monkeypatch):
         save_checkpoint(path, Checkpoint(tiny_model(name), TOKENIZER, {"name": "toy"}, step=7))
         os.utime(path, (1, {"llada": 1, "gpt": 2}[name]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrained")
     return tmp_path
 
 

@@ -5,6 +5,7 @@ two tiny trained models, with flags added that make them small.
 """
 
 import io
+import json
 import re
 import runpy
 import shlex
@@ -27,15 +28,18 @@ SKIPPED = {  # command -> why it is not run here
     "python -m pytest": "would run this test again",
     "torchrun --nproc_per_node=2 train.py": "starts processes; tests/test_train.py runs two",
     "python train.py --preset gpu": "needs a GPU",
-    "python generate.py --model gpt --length 20000 --slide 64 --compile": "compiles for half a minute",
 }
 SMALL = {  # pattern of a command -> flags that make it small; of several that match, the first counts
     r"train\.py .*--resume": ["--steps", "6"],
+    r"train\.py .*--init-from": ["--steps", "3", "--val-fraction", "0.5"],
+    r"train\.py .*--pairs": [*TINY, "--steps", "3"],
     r"train\.py .*--minutes": [*CORPUS, *TINY, "--minutes", "0.01"],
     r"train\.py .*--data": [*TINY, "--steps", "3"],
     r"train\.py": [*CORPUS, *TINY, "--steps", "3"],
     r"generate\.py .*--slide 64": ["--slide", "8", "--length", "40"],
     r"generate\.py .*--(infill|top|chat)": [],
+    r"generate\.py .*--(watch|race|html|gif)": ["--length", "20"],
+    r"-m benchmarks pairs --write": [],
     r"generate\.py .*--order": ["--steps", "8", "--length", "12"],
     r"generate\.py": ["--length", "20"],
     r"evaluate\.py": ["--quick"],
@@ -56,7 +60,7 @@ def commands() -> list[str]:
 
 def small(command: str) -> list[str]:
     """The words of a command after `python`, with the flags of SMALL. Raises ValueError for an unknown command."""
-    words = shlex.split(command)
+    words = shlex.split(re.sub(r"pretrained/(\w+)\.pt", r"out/\1/last.pt", command))  # tiny models instead
     for pattern, flags in SMALL.items():
         if words[0] == "python" and re.match(pattern, command.removeprefix("python ")):
             return [*words[1:], *flags]
@@ -73,12 +77,16 @@ def run_command(monkeypatch, capsys):
         monkeypatch.setattr(time, "process_time", lambda: 0.0)  # --minutes counts the time since the process began
         status = None
         try:
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+            if words[0] == "-m":
+                monkeypatch.setattr(sys, "argv", words[1:])
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
         assert not status, err
-        return out
+        return out + err
 
     return call
 
@@ -97,10 +105,15 @@ def trained(tmp_path_factory) -> Path:
     text = "".join(f"{string.ascii_letters}\nROMEO:\nWhat's {i} to thee, {2 * i}?\n\n" for i in range(80))
     for name in ("corpus.txt", "my_novel.txt"):
         (folder / name).write_text(text)
+    (folder / "tasks").mkdir()
+    for name in ("train.jsonl", "heldout.jsonl"):
+        pairs = [{"prompt": f"ROMEO:{i}", "completion": f"{i}"} for i in range(20)]
+        (folder / "tasks" / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    answers = ["--model", "gpt", "--pairs", "tasks/train.jsonl", "--out", "answers"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for model in ("llada", "gpt"):
-            patch.setattr(sys, "argv", ["train.py", "--model", model, *CORPUS, *TINY, "--steps", "3"])
+        for flags in (["--model", "llada", *CORPUS], ["--model", "gpt", *CORPUS], answers):
+            patch.setattr(sys, "argv", ["train.py", *flags, *TINY, "--steps", "3"])
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     return folder
 
@@ -121,13 +134,13 @@ def test_exactly_the_expected_commands_are_skipped():
 @pytest.mark.parametrize("command", sorted(set(commands()) - set(SKIPPED)))
 def test_commands_run(run_command, folder, command):
     words = small(command)
-    before = (folder / "out/gpt/last.pt").read_bytes(), (folder / "out/llada/last.pt").read_bytes()
+    before = {path: path.read_bytes() for path in folder.rglob("*.pt")}
     output = run_command(words)
     if words[0] == "train.py":
-        assert before != ((folder / "out/gpt/last.pt").read_bytes(), (folder / "out/llada/last.pt").read_bytes())
+        assert before != {path: path.read_bytes() for path in folder.rglob("*.pt")}
     else:
         assert output.strip()
-    if words[0] == "evaluate.py":
+    if words[0] == "evaluate.py" and "--pairs" not in words:
         assert (folder / "out/report/report.md").exists()
 
 
@@ -137,6 +150,7 @@ def test_python_examples_run(folder, capsys, example):
 
     orders = dict(ORDERS)
     try:
+        example = example.replace("pretrained/llada.pt", "out/llada/last.pt")
         exec(compile(example, "README.md", "exec"), {"__name__": "example"})
     finally:
         ORDERS.clear()
@@ -146,11 +160,11 @@ def test_python_examples_run(folder, capsys, example):
 
 def test_the_file_tree_names_every_root_module_and_nothing_else():
     [tree] = [block for block in blocks("text") if "tokenizer.py" in block]
-    names = [line.split()[0] for line in tree.splitlines()]
+    names = [name for line in tree.splitlines() for name in re.findall(r"^(\S+)(?: (\S+/))?", line)[0] if name]
     assert all(len(line.split()) > 3 for line in tree.splitlines())
     assert {name for name in names if name.endswith(".py")} == {path.name for path in ROOT.glob("*.py")}
     assert len(list(ROOT.glob("*.py"))) <= 16
-    folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "docs/"}
+    folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "docs/", "pretrained/"}
     assert {name for name in names if name.endswith("/")} == folders
     assert len(names) == len(set(names))
 
