@@ -39,7 +39,7 @@ def module_files() -> dict:
     """Every module's name -> its file."""
     paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    return dict(zip(names, paths, strict=True))
+    return dict(sorted(zip(names, paths, strict=True)))
 
 
 MODULES = module_files()
