@@ -230,6 +230,7 @@ def reveal(
     candidate, as the drawn tokens decide the positions.
     """
     where, generators = candidates.where, candidates.generators
+    logits = with_a_choice(logits, never)
     if not config.needs_network:
         chosen = config.choose(candidates, counts, first_columns)
         at_chosen = logits_at(logits, tokens, chosen, config)
@@ -268,6 +269,13 @@ def draw_tokens(
     if config.temperature == 0:
         return logits.argmax(-1)
     return draw(probabilities(logits, config), noise(generators, where)[where])
+
+
+def with_a_choice(logits: Tensor, never: list[int]) -> Tensor:
+    """logits (B, T, V), but where every token that may be written has -inf, all of these are equally likely."""
+    excluded = is_excluded(never, logits)
+    hopeless = (logits.isneginf() | excluded).all(-1, keepdim=True)  # (B, T, 1)
+    return logits.masked_fill(hopeless & ~excluded, 0.0) if hopeless.any() else logits
 
 
 def is_excluded(never: list[int], over_vocabulary: Tensor) -> Tensor:
