@@ -4,8 +4,10 @@ A corpus is turned into ids once. Small corpora stay in memory. Large ones are m
 the text, so that memory does not grow with the corpus. There are three kinds of rows:
 
     window    running text                       First Citizen:\\nBefore we proceed any further, hear me ...
-    segments  [START] utterance [END] [PAD] ...  one speech, paragraph or line in each row
-    pairs     [START] prompt [START] completion [END] [PAD] ...
+    segments  utterance [END] [PAD] ...  one speech, paragraph or line in each row
+    pairs     prompt [START] completion [END] [PAD] ...
+
+The first [START] is put in front by `diffusion.full_context` and `autoregressive.causal_inputs`.
 
 Letters: N rows, B rows of a batch, T tokens of a row.
 """
