@@ -1,7 +1,6 @@
 """The report: metrics.json, and report.md made from it: tables, pictures and one-line captions."""
 
 import json
-import tempfile
 from pathlib import Path
 
 from evaluation.plots import NAMES, draw_pictures, kind, policy_name, visible
@@ -20,16 +19,6 @@ Intervals are 95 % intervals over windows.{quick}
 - A *schedule* says how many characters each step reveals, an *order* which ones.
 - The *sweep* of S steps reveals positions k, k + S, k + 2S, ... at step k; with S = 16 it is the default sampler.
 """
-
-
-def prepare_folder(out: Path) -> None:
-    """Make the folder of the report. Raises ValueError if nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
 
 
 def write_json(metrics: dict, path: Path) -> None:

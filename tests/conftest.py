@@ -44,6 +44,8 @@ def corpus_file(tmp_path) -> Path:
 def run_script(monkeypatch, capsys):
     """run_script("train.py", "--steps", "3") runs a program in this process, which needs no second import of torch.
 
+    run_script("-m", "benchmarks", "pairs") runs a folder.
+
     Returns its standard output and its messages. stdin: its standard input; check: its exit code.
     """
 
@@ -53,7 +55,11 @@ def run_script(monkeypatch, capsys):
         monkeypatch.setattr(time, "process_time", lambda: 0.0)  # --minutes counts the time since the process began
         status = 0
         try:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
+            if program == "-m":
+                monkeypatch.setattr(sys, "argv", list(arguments))
+                runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / program), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
         finally:

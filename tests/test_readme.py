@@ -4,7 +4,6 @@ Commands run in this process (importing torch again for each would take most of 
 two tiny trained models, with flags added that make them small.
 """
 
-import io
 import json
 import re
 import runpy
@@ -12,7 +11,6 @@ import shlex
 import shutil
 import string
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -68,27 +66,9 @@ def small(command: str) -> list[str]:
 
 
 @pytest.fixture
-def run_command(monkeypatch, capsys):
-    """run_command(words) runs one of the scripts as `python words...` would; returns its standard output."""
-
-    def call(words: list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setattr(sys, "stdin", io.StringIO("ROMEO:\nquit\n"))
-        monkeypatch.setattr(time, "process_time", lambda: 0.0)  # --minutes counts the time since the process began
-        status = None
-        try:
-            if words[0] == "-m":
-                monkeypatch.setattr(sys, "argv", words[1:])
-                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        assert not status, err
-        return out + err
-
-    return call
+def run_command(run_script):
+    """run_command(words) runs a program as `python words...` would; returns its standard output and its messages."""
+    return lambda words: "".join(run_script(*words, stdin="ROMEO:\nquit\n"))
 
 
 @pytest.fixture(scope="module", autouse=True)
