@@ -8,13 +8,14 @@ Letters: B batch, T positions, V vocabulary, N windows.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data import Rows
+from layers import Streams
 from likelihood import Likelihood, Predict
 from logits import LogitsConfig, draw, penalize_repetition, probabilities, row_generators, uniforms
 from model import GPT
@@ -22,16 +23,30 @@ from tokenizer import END_ID, PAD_ID, START_ID
 from utils.errors import ArgumentError, check_number
 
 IGNORED = -100  # a target that counts nowhere
+PREFIX_SHARE = 0.5  # of the training batches of a model with streams: they begin with a random prefix
 
 
 # ------------------------------------------------------------------------------------------------- loss, likelihood
-def causal_inputs(sequences: Tensor, start_token_id: int) -> Tensor:
+def causal_inputs(sequences: Tensor, start_token_id: int, streams: Streams | None = None) -> Tensor:
     """(B, T) -> (B, T): [START] and all but the last token, so that position t predicts sequences[:, t].
 
-    [START] opens every window: GPT and LLaDA score the same T characters.
+    [START] opens every window: GPT and LLaDA score the same T characters. It also opens every stream but the first,
+    which follows the prefix.
     """
     start = torch.full_like(sequences[:, :1], start_token_id)
-    return torch.cat([start, sequences[:, :-1]], dim=1)
+    inputs = torch.cat([start, sequences[:, :-1]], dim=1)
+    if streams is not None:
+        inputs[:, streams.prefix + streams.length :: streams.length] = start_token_id
+    return inputs
+
+
+def equal_streams(T: int, parallel: int, prefix: int = 0) -> Streams | None:
+    """T positions as `parallel` streams of equal length after a prefix, which is made longer for what does not divide.
+
+    None, which means from left to right, for one stream or where there is no position for each.
+    """
+    length = (T - prefix) // parallel
+    return Streams(T - parallel * length, length) if parallel > 1 and length else None
 
 
 def compute_gpt_loss(logits: Tensor, targets: Tensor, units: Tensor | None = None) -> Tensor:
@@ -48,16 +63,20 @@ def compute_gpt_loss(logits: Tensor, targets: Tensor, units: Tensor | None = Non
 
 @torch.inference_mode()
 def exact_nll(
-    predict: Callable[[Tensor], Tensor], windows: Tensor, start_token_id: int, batch_size: int = 128
+    predict: Callable[..., Tensor],
+    windows: Tensor,
+    start_token_id: int,
+    batch_size: int = 128,
+    streams: Streams | None = None,
 ) -> Tensor:
     """The chain rule: windows (N, T) -> (N, T) negative log-likelihoods of their tokens, exact, in nats/token.
 
     predict: any causal function of tokens (B, T) that returns logits (B, T, V). `batch_size` windows are evaluated at
-    a time; it does not change the result.
+    a time; it does not change the result. streams: the likelihood of writing in streams; predict gets them too.
     """
-    nll = []
+    nll, arguments = [], {} if streams is None else {"streams": streams}
     for targets in windows.split(batch_size):
-        logits = predict(causal_inputs(targets, start_token_id))  # (B, T, V)
+        logits = predict(causal_inputs(targets, start_token_id, streams), **arguments)  # (B, T, V)
         nll.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))  # (B, T)
     return torch.cat(nll)
 
@@ -68,25 +87,41 @@ class CausalBatch(NamedTuple):
     inputs: Tensor  # (B, T) [START] and all tokens but the last
     targets: Tensor  # (B, T) the token that follows each input; IGNORED where none is to be predicted
     units: Tensor  # (B,) the mean number of characters in a row of the whole batch: its parts weigh alike
+    prefix: Tensor  # (B,) the positions before the streams, in all rows the same; all positions: no streams
 
 
+@dataclass(frozen=True)
 class CausalObjective:
-    """GPT's training objective and evaluation, with the methods of diffusion.DiffusionObjective. It has no state."""
+    """GPT's training objective and evaluation, with the methods of diffusion.DiffusionObjective.
 
-    is_bound = False
+    parallel: the number of streams in which it writes a window.
+    """
 
-    def make_batch(self, rows: Rows, generator: torch.Generator | None = None) -> CausalBatch:
-        """Rows -> inputs and targets. Nothing is random: `generator` is not used.
+    parallel: int = 1
+    is_bound: ClassVar[bool] = False
+
+    def make_batch(
+        self, rows: Rows, generator: torch.Generator | None = None, is_training: bool = False
+    ) -> CausalBatch:
+        """Rows -> inputs and targets. Random is only, in training, the length of the prefix before streams.
 
         [PAD] stands at the right, where no position before it sees it, and is no target; neither is what is given.
         """
-        units = rows.characters.float().mean().expand(len(rows.tokens))
+        (B, T), prefix = rows.tokens.shape, 0
+        if is_training and self.parallel > 1 and torch.rand((), generator=generator) < PREFIX_SHARE:
+            prefix = int(torch.randint(1, max(2, T // 2 + 1), (), generator=generator))
+        streams = equal_streams(T, self.parallel, prefix)
+        units = rows.characters.float().mean().expand(B)
         targets = rows.tokens.masked_fill(~rows.counted, IGNORED)
-        return CausalBatch(causal_inputs(rows.tokens, START_ID), targets, units)
+        inputs = causal_inputs(rows.tokens, START_ID, streams)
+        return CausalBatch(inputs, targets, units, torch.full((B,), streams.prefix if streams else T))
 
-    def predict(self, model: Callable[[Tensor], Tensor], batch: CausalBatch) -> Tensor:
+    def predict(self, model: Callable[..., Tensor], batch: CausalBatch) -> Tensor:
         """Logits (B, T, V) for `loss`."""
-        return model(batch.inputs)
+        T, prefix = batch.inputs.shape[1], int(batch.prefix[0])
+        if prefix == T:
+            return model(batch.inputs)
+        return model(batch.inputs, streams=equal_streams(T, self.parallel, prefix))
 
     def loss(self, logits: Tensor, batch: CausalBatch) -> Tensor:
         """Exact negative log-likelihood in nats/character, the mean over the batch."""
@@ -103,7 +138,9 @@ class CausalObjective:
         if not batches:
             raise ValueError("there is no text to score")
         nats = [
-            exact_nll(predict, rows.tokens, START_ID, batch_size).masked_fill(~rows.counted, 0.0).cpu()
+            exact_nll(
+                predict, rows.tokens, START_ID, batch_size, equal_streams(rows.tokens.shape[1], self.parallel)
+            ).masked_fill(~rows.counted, 0.0).cpu()
             for rows in batches
         ]
         return Likelihood.from_token_nats(nats).per(torch.cat([rows.characters for rows in batches]))
@@ -114,10 +151,10 @@ class CausalObjective:
 class DecodingConfig(LogitsConfig):
     """How `decode` writes: temperature, top_k, top_p and repetition_penalty of LogitsConfig, and the context.
 
-    context_len: tokens the model sees (None: the model's block_size). slide: once the text is longer than that, the
-    window moves on by so many tokens at a time; 1 always shows the last context_len tokens, larger values are faster.
-    use_cache: keep keys and values of earlier tokens; the text is the same without. Raises ValueError for values out of
-    range; `SlidingContext` checks the context against the model.
+    context_len: tokens the model sees (None: its block_size, or half of it if it has streams). slide: once the text is
+    longer, the window moves on by so many tokens at a time; 1 always shows the last context_len tokens, larger values
+    are faster. use_cache: keep keys and values of earlier tokens; the text is the same without. Raises ValueError for
+    values out of range; `SlidingContext` checks the context against the model.
     """
 
     context_len: int | None = None
@@ -195,7 +232,8 @@ class SlidingContext:
         if not model.causal:
             raise ValueError(f"decoding from left to right needs a causal model, and this is {model.name}")
         config = model.config
-        self.context_len = config.block_size if context_len is None else context_len
+        longest = config.block_size if config.parallel == 1 else config.block_size // 2  # that of prefixes
+        self.context_len = longest if context_len is None else context_len
         if not 1 <= self.context_len <= config.block_size:
             raise ArgumentError("context_len", f"must be in 1..{config.block_size} (block_size), got {context_len}")
         if not 1 <= slide <= self.context_len:

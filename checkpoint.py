@@ -175,7 +175,7 @@ def check_sizes(state: dict, config: ModelConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
     if problem := memory_problem(least_bytes(state["name"], config)):
         raise ValueError(f"it {problem}")
-    needed = least_bytes(state["name"], replace(config, block_size=1))
+    needed = least_bytes(state["name"], replace(config, block_size=2 * config.parallel))
     held = sum(4 * tensor.numel() for tensor in state["model"].values())
     if not state["base"] and needed > 1.1 * held:
         raise ValueError(f"its network would have {needed:,} bytes of weights, and the file holds {held:,}")

@@ -121,7 +121,7 @@ class DiffusionObjective:
 
     is_bound = True  # losses and likelihoods are upper bounds
 
-    def make_batch(self, rows: Rows, generator: torch.Generator) -> MaskedBatch:
+    def make_batch(self, rows: Rows, generator: torch.Generator, is_training: bool = False) -> MaskedBatch:
         """Rows -> a batch, each row masked at a random level. What is given is never masked."""
         targets, may_mask = full_context(rows)
         t = sample_t(len(targets), generator, power=T_POWER)

@@ -10,6 +10,7 @@ K taps of the convolution, N chosen positions.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,55 @@ NGRAMS = {  # causal? -> the offsets of the tokens that make each kind of n-gram
     False: ((-1, 0, 1), (-2, -1, 0, 1), (-1, 0, 1, 2), (-3, -2, -1, 0, 1), (-1, 0, 1, 2, 3)),
 }
 REACH = -min(map(min, NGRAMS[True]))  # how many earlier tokens the causal n-grams need
+BORDER = 8  # the last positions of a stream, which have n-grams with the beginning of the next stream
+BORDER_NGRAMS = ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2))  # tokens to the left, and of the next stream
+LEFT, RIGHT = (max(sizes) for sizes in zip(*BORDER_NGRAMS, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- streams
+@dataclass(frozen=True)
+class Streams:
+    """A window that is written in several places at once: `prefix` positions from left to right, then n streams.
+
+    Each stream has `length` positions. At step k position k of every stream is written. It may depend on the prefix and
+    on the positions before k of all streams:
+
+        prefix 2, length 3:   position   0  1  2  3  4  5  6  7
+                              step       -  -  0  1  2  0  1  2
+    """
+
+    prefix: int
+    length: int
+
+    def steps(self, T: int, device=None) -> Tensor:
+        """(T,) the step at which each position is read; those of the prefix have negative ones, in order."""
+        positions = torch.arange(T, device=device) - self.prefix
+        return torch.where(positions < 0, positions, positions % self.length)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, ...) -> what is read without a gap: prefix and first stream (B, prefix + length, ...), and the other
+        streams (B * (n - 1), length, ...)."""
+        end = self.prefix + self.length
+        return x[:, :end], x[:, end:].reshape(-1, self.length, *x.shape[2:])
+
+    def join(self, first: Tensor, others: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([first, others.reshape(len(first), -1, *first.shape[2:])], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------- mask and cache
-def attention_mask(T: int, offset: int, pad: Tensor | None, causal: bool, device) -> Tensor | None:
+def attention_mask(
+    T: int, offset: int, pad: Tensor | None, causal: bool, device, streams: Streams | None = None
+) -> Tensor | None:
     """Which keys each query may see: bool, broadcastable to (B, 1, T, offset + T); None means all of them.
 
     The T queries stand at columns offset..offset+T-1. The first pad[b] columns of row b are padding. A padding column
-    is visible only to itself: a query needs at least one key, or its softmax is 0/0.
+    is visible only to itself: a query needs at least one key, or its softmax is 0/0. With streams, a causal query sees
+    the keys that are read before it or with it.
     """
+    if streams is not None:
+        steps = streams.steps(T, device)
+        return steps <= steps[:, None]
     if pad is None and (not causal or T == 1):
         return None
     queries = torch.arange(offset, offset + T, device=device)[:, None]  # (T, 1)
@@ -46,6 +87,7 @@ class KeyValueCache:
 
     `keys`, `values`: L tensors (B, H, max_len, D); `inputs` (L, B, K-1, C): the last inputs of each layer's
     convolution; `tokens` (B, REACH): the last tokens, for the n-grams; `length`: columns filled, left padding included.
+    With streams, columns are in the order in which they were read.
     """
 
     def __init__(self, batch_size: int, n_layer: int, n_head: int, head_dim: int, max_len: int, device="cpu"):
@@ -54,7 +96,18 @@ class KeyValueCache:
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.inputs = torch.zeros(n_layer, batch_size, TAPS - 1, n_head * head_dim, device=device)
         self.tokens = torch.zeros(batch_size, REACH, device=device, dtype=torch.long)
+        self.beginnings: Tensor | None = None  # (B, n, RIGHT) the first tokens of each stream, once there are streams
         self.length = 0
+
+    def open_streams(self, n: int) -> None:
+        """Continue every row in n streams: the first follows what is there, the others see it through attention alone.
+
+        `inputs` and `tokens` get n rows for each row: (L, B * n, K-1, C) and (B * n, REACH).
+        """
+        B = len(self.tokens)
+        self.tokens = F.pad(self.tokens[:, None], (0, 0, 0, n - 1)).flatten(0, 1)
+        self.inputs = F.pad(self.inputs[:, :, None], (0, 0, 0, 0, 0, n - 1)).flatten(1, 2)
+        self.beginnings = torch.zeros(B, n, RIGHT, device=self.tokens.device, dtype=torch.long)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values after the `length` stored ones; return all of them, (B, H, S, D)."""
@@ -136,41 +189,103 @@ def select(x: Tensor, at: Tensor | None) -> Tensor:
     return x if at is None else x.flatten(0, 1).index_select(0, at)
 
 
-class NgramEmbedding(nn.Module):
-    """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero.
+class NgramTables(nn.Module):
+    """Embeddings of n-grams, from hashed tables that start at zero.
 
     The row of an n-gram is the number that its tokens spell in this base, modulo the rows. Every kind has its own
     table, so that a rare long n-gram never shares a row with a frequent short one. With base = V, different n-grams are
     different numbers. A base that stays when V grows keeps the rows of the old n-grams.
     """
 
-    def __init__(self, base: int, n_embd: int, rows: int, dropout: float, causal: bool):
+    def __init__(self, kinds: list[list[int]], width: int, base: int, n_embd: int, rows: int, dropout: float):
+        """kinds: the columns, of `width` ones, that make each kind of n-gram."""
         super().__init__()
-        kinds, self.rows = NGRAMS[causal], rows
-        self.left, self.right = -min(map(min, kinds)), max(map(max, kinds))
-        digits = torch.zeros(len(kinds), self.left + 1 + self.right, dtype=torch.long)  # (n, W) place values
-        for row, offsets in zip(digits, kinds, strict=True):
-            for place, offset in enumerate(reversed(offsets)):
-                row[self.left + offset] = pow(base, place, rows)
+        self.rows = rows
+        digits = torch.zeros(len(kinds), width, dtype=torch.long)  # (n, W) place values
+        for row, columns in zip(digits, kinds, strict=True):
+            for place, column in enumerate(reversed(columns)):
+                row[column] = pow(base, place, rows)
         self.register_buffer("digits", digits, persistent=False)
         self.register_buffer("first_rows", rows * torch.arange(len(kinds)), persistent=False)
         zeros = torch.zeros(rows * len(kinds), n_embd)
         self.tables = nn.EmbeddingBag.from_pretrained(zeros, freeze=False, mode="sum")
         self.dropout = nn.Dropout(dropout)
 
+    def lookup(self, windows: Tensor) -> Tensor:
+        """windows (..., W) of tokens -> (..., C), the sum over all kinds."""
+        rows = (windows[..., None, :] * self.digits).sum(-1) % self.rows + self.first_rows  # (..., n)
+        if torch.compiler.is_compiling() and rows.numel() == len(self.digits):  # compilers cannot fuse the bag's kernel
+            return self.tables.weight[rows].sum(-2)
+        embeddings = self.tables(rows.flatten(0, -2))  # (positions, C)
+        return self.dropout(embeddings.view(*windows.shape[:-1], embeddings.shape[-1]))
+
+
+class NgramEmbedding(NgramTables):
+    """The sum of an embedding for each kind of n-gram around a position."""
+
+    def __init__(self, base: int, n_embd: int, rows: int, dropout: float, causal: bool):
+        kinds = NGRAMS[causal]
+        self.left, self.right = -min(map(min, kinds)), max(map(max, kinds))
+        columns = [[self.left + offset for offset in offsets] for offsets in kinds]
+        super().__init__(columns, self.left + 1 + self.right, base, n_embd, rows, dropout)
+
     def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). `before` (B, left): the tokens on the left (default: [PAD] = 0), updated in place."""
+        """(B, T) -> (B, T, C). `before` (B, left): the tokens on the left (default: [PAD] = 0), updated in place.
+
+        Streams: tokens (B, n), one of each, and `before` (B * n, left).
+        """
         B, T = tokens.shape
         if before is None:
             tokens = F.pad(tokens, (self.left, self.right))
         else:
-            tokens = torch.cat([before, tokens], dim=1)
-            before.copy_(tokens[:, T:])
-        windows = tokens.unfold(1, self.left + 1 + self.right, 1)  # (B, T, W)
-        rows = (windows[:, :, None] * self.digits).sum(-1) % self.rows + self.first_rows  # (B, T, n)
-        if torch.compiler.is_compiling() and B * T == 1:  # a compiler cannot fuse the bag's kernel
-            return self.tables.weight[rows].sum(2)
-        return self.dropout(self.tables(rows.flatten(0, 1)).view(B, T, -1))
+            tokens = torch.cat([before, tokens.reshape(len(before), -1)], dim=1)
+            before.copy_(tokens[:, -self.left :])
+        return self.lookup(tokens.unfold(1, self.left + 1 + self.right, 1)).view(B, T, -1)
+
+
+class BorderEmbedding(NgramTables):
+    """The sum of an embedding for each kind of n-gram across the right border of a stream.
+
+    It is made of the last tokens of a stream, the first ones of the next stream, and how many positions lie between.
+    """
+
+    def __init__(self, base: int, n_embd: int, rows: int, dropout: float):
+        kinds = [[*range(LEFT - left, LEFT + right), LEFT + RIGHT] for left, right in BORDER_NGRAMS]
+        super().__init__(kinds, LEFT + RIGHT + 1, base, n_embd, rows, dropout)
+
+    def forward(self, tokens: Tensor, streams: Streams) -> Tensor:
+        """tokens (B, T), of streams (B, n, length) at the end -> (B, T, C); 0 at positions far from a border."""
+        B, T = tokens.shape
+        if streams.length <= RIGHT:
+            return torch.zeros(B, T, self.tables.embedding_dim, device=tokens.device)
+        x = tokens[:, streams.prefix :].view(B, -1, streams.length)
+        first = max(streams.length - BORDER, RIGHT)  # where a stream's border begins
+        left = F.pad(x[:, :-1], (LEFT - 1, 0)).unfold(2, LEFT, 1)[:, :, first:]  # (B, n - 1, D, LEFT)
+        e = self.near_border(left, x[:, 1:, 1 : RIGHT + 1], torch.arange(streams.length - first, 0, -1))  # BORDER..1
+        e = F.pad(e, (0, 0, first, 0, 0, 1)).flatten(1, 2)  # (B, n * length, C)
+        return F.pad(e, (0, 0, streams.prefix, 0))
+
+    def step(self, streams: Streams, k: int, cache: KeyValueCache) -> Tensor | float:
+        """The same for position k of every stream, (B, n, C), from what the cache keeps of the tokens; it is there too.
+
+        The first tokens of the streams are kept in the cache here.
+        """
+        B, n, _ = cache.beginnings.shape
+        tokens = cache.tokens.view(B, n, -1)
+        if 1 <= k <= RIGHT:
+            cache.beginnings[..., k - 1] = tokens[..., -1]
+        if k < max(streams.length - BORDER, RIGHT):
+            return 0.0
+        distance = torch.tensor([streams.length - k])
+        e = self.near_border(tokens[:, :-1, None, -LEFT:], cache.beginnings[:, 1:], distance)
+        return F.pad(e[:, :, 0], (0, 0, 0, 1))
+
+    def near_border(self, left: Tensor, right: Tensor, distance: Tensor) -> Tensor:
+        """left (B, n - 1, D, LEFT), right (B, n - 1, RIGHT), distance (D,) to the border -> (B, n - 1, D, C)."""
+        D = len(distance)
+        right = right[:, :, None].expand(-1, -1, D, -1)
+        distance = distance.to(left.device)[:, None].expand(*left.shape[:3], 1)
+        return self.lookup(torch.cat([left, right, distance], dim=-1))
 
 
 class ShortConvolution(nn.Module):
@@ -181,8 +296,15 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_embd, TAPS))
         self.padding = TAPS - 1 if causal else TAPS // 2
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `before` (B, K-1, C): the inputs left of x (default: 0), updated in place."""
+    def forward(self, x: Tensor, before: Tensor | None = None, streams: Streams | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `before` (B, K-1, C): the inputs left of x (default: 0), updated in place.
+
+        With both, x (B, n, C) is one position of each stream, and `before` (B * n, K-1, C).
+        """
+        if streams is not None and before is None:
+            return streams.join(*map(self.forward, streams.split(x)))
+        if streams is not None:
+            return self.forward(x.flatten(0, 1)[:, None], before).view_as(x)
         (_, T, C), padding = x.shape, self.padding
         if before is not None:
             x, padding = torch.cat([before, x], dim=1), 0
@@ -209,7 +331,13 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.weight)
 
     def forward(
-        self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, at: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        pad: Tensor | None,
+        cache: KeyValueCache | None,
+        at: Tensor | None,
+        streams: Streams | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (N, C) of the positions `at` (N,), which are counted through all rows."""
         (B, T, C), H = x.shape, self.n_head
@@ -220,8 +348,9 @@ class Attention(nn.Module):
         if cache is not None:
             offset = cache.length
             k, v = cache.extend(self.layer, k, v)
-        is_causal = self.causal and offset == 0 and pad is None  # SDPA makes the triangular mask itself
-        mask = None if is_causal else attention_mask(T, offset, pad, self.causal, x.device)
+        is_causal = self.causal and offset == 0 and pad is None and streams is None  # SDPA makes that mask itself
+        sees_all = streams is not None and cache is not None  # whatever was read so far, in all streams
+        mask = None if is_causal or sees_all else attention_mask(T, offset, pad, self.causal, x.device, streams)
         out = attend(q, k, v, mask, is_causal).transpose(1, 2).reshape(B, T, C)
         return linear(select(out, at), self.proj)
 
@@ -251,11 +380,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, rotations: Tensor, pad: Tensor | None, cache: KeyValueCache | None, at: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        pad: Tensor | None,
+        cache: KeyValueCache | None,
+        at: Tensor | None,
+        streams: Streams | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (N, C) of the positions `at` (N,), which are counted through all rows."""
-        x = x + self.conv(x, cache.inputs[self.layer] if cache is not None else None)
-        x = select(x, at) + self.dropout(self.attention(norm(x), rotations, pad, cache, at))
+        x = x + self.conv(x, cache.inputs[self.layer] if cache is not None else None, streams)
+        x = select(x, at) + self.dropout(self.attention(norm(x), rotations, pad, cache, at, streams))
         return x + self.dropout(self.mlp(norm(x)))
 
 

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from layers import (
+    BORDER_NGRAMS,
     NGRAMS,
     Block,
+    BorderEmbedding,
     KeyValueCache,
     LowRank,
     NgramEmbedding,
     SplitRows,
+    Streams,
     add_low_rank,
     attention_mask,
     linear,
@@ -50,6 +53,7 @@ class ModelConfig:
     ngram_rows: int = 65521  # of each table, a prime: pairs of up to 255 tokens never share a row, longer n-grams may
     segments: str = "window"  # what a row of its training text was: what the model writes between [START] and [END]
     ngram_base: int | None = None  # base of the n-gram hashes (None: V). Set when V grows: ids from it on are new
+    parallel: int = 1  # GPT: the streams in which it writes a window at once, see `layers.Streams`
     lora_rank: int = 0  # of the low-rank adapters; 0: none. All other weights are frozen, but for the rows of new ids
 
     def __post_init__(self):
@@ -68,6 +72,10 @@ class ModelConfig:
         if self.ngram_base is not None:
             check_number("ngram_base", self.ngram_base, low=1)
         check_number("lora_rank", self.lora_rank, low=0, high=self.n_embd)
+        check_number("parallel", self.parallel, low=1, high=max(1, self.block_size // 2))
+        if self.parallel > 1 and (self.arch == "vanilla" or self.segments != "window"):
+            problem = "streams need the rotary network" if self.arch == "vanilla" else "texts that end have one stream"
+            raise ArgumentError("parallel", f"must be 1, got {self.parallel}: {problem}")
 
     to_dict = asdict
 
@@ -84,23 +92,41 @@ class RotaryEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.n_embd, config.n_head, config.dropout, causal, layer) for layer in range(config.n_layer)
         )
+        self.border = None
+        if config.parallel > 1:
+            self.border = BorderEmbedding(base, config.n_embd, config.ngram_rows, config.ngram_dropout)
         rotations = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("rotations", rotations, persistent=False)
 
     def forward(
-        self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None, at: Tensor | None = None
+        self,
+        tokens: Tensor,
+        pad: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        at: Tensor | None = None,
+        streams: Streams | None = None,
     ) -> Tensor:
         offset, T = (cache.length if cache is not None else 0), tokens.shape[1]
-        rotations = self.rotations[offset : offset + T]  # (T, D/2)
+        if streams is not None and cache is not None:  # position k of each stream
+            k = (offset - streams.prefix) // T
+            rotations = self.rotations[streams.prefix + k :: streams.length][:T]
+        else:
+            rotations = self.rotations[offset : offset + T]  # (T, D/2)
         is_text = None
         if pad is not None:  # n-grams and convolution see zeros left of a text, as they do left of an unpadded row
             is_text = (torch.arange(offset, offset + T, device=tokens.device) >= pad[:, None])[..., None]  # (B, T, 1)
             tokens = tokens * is_text[..., 0]
-        x = norm(self.embedding(tokens) + self.ngrams(tokens, cache.tokens if cache is not None else None))
+        if streams is None:
+            ngrams = self.ngrams(tokens, cache.tokens if cache is not None else None)
+        elif cache is None:
+            ngrams = streams.join(*map(self.ngrams, streams.split(tokens))) + self.border(tokens, streams)
+        else:
+            ngrams = self.ngrams(tokens, cache.tokens) + self.border.step(streams, k, cache)
+        x = norm(self.embedding(tokens) + ngrams)
         for block in self.blocks:
             x = x if is_text is None else x * is_text
             # The last layer's projection and MLP are computed only at the chosen positions.
-            x = block(x, rotations, pad, cache, at if block is self.blocks[-1] else None)
+            x = block(x, rotations, pad, cache, at if block is self.blocks[-1] else None, streams)
         if cache is not None:
             cache.length += T
         return norm(x)
@@ -130,7 +156,8 @@ class PositionalEncoding(nn.Module):
 class VanillaEncoder(nn.Module):
     """Tokens (B, T) -> hidden states (B, T, C), or (N, C) of the positions `at` (N,): PyTorch's textbook encoder.
 
-    The reference to compare the default with. It has no key/value cache; a given `cache` raises ValueError.
+    The reference to compare the default with. It has no key/value cache, a given `cache` raises ValueError; and no
+    streams, which ModelConfig refuses.
     """
 
     def __init__(self, config: ModelConfig, causal: bool):
@@ -144,7 +171,12 @@ class VanillaEncoder(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
 
     def forward(
-        self, tokens: Tensor, pad: Tensor | None = None, cache: KeyValueCache | None = None, at: Tensor | None = None
+        self,
+        tokens: Tensor,
+        pad: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        at: Tensor | None = None,
+        streams: Streams | None = None,
     ) -> Tensor:
         if cache is not None:
             raise ValueError('arch="vanilla" has no key/value cache: nn.TransformerEncoder cannot use one')
@@ -169,11 +201,14 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        if config.parallel > 1 and not self.causal:
+            raise ArgumentError("parallel", "is for GPT: LLaDA writes in several places anyway")
         self.config = config
         self.encoder = ENCODERS[config.arch](config, self.causal)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
-        never = torch.arange(config.vocab_size) < NEVER_PREDICTED
+        # Streams do not end: none could know that another one has.
+        never = torch.arange(config.vocab_size) < NEVER_PREDICTED + (config.parallel > 1)
         self.register_buffer("never", never, persistent=False)
         if config.lora_rank:
             self._adapt()
@@ -199,6 +234,7 @@ class Transformer(nn.Module):
         at: Tensor | None = None,
         pad: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        streams: Streams | None = None,
     ) -> Tensor:
         """(B, T) int64 -> (B, T, V), or (N, V) for the N positions where `at` (B, T) is true.
 
@@ -210,7 +246,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{T} positions do not fit the model's block_size of {self.config.block_size}")
         if at is not None:  # as indices: a compiled encoder cannot have shapes that depend on data
             at = at.flatten().nonzero()[:, 0]
-        hidden = self.encoder(tokens, pad, cache, at)  # (B, T, C) or (N, C)
+        hidden = self.encoder(tokens, pad, cache, at, streams)  # (B, T, C) or (N, C)
         return linear(hidden, self.head).float().masked_fill(self.never, -torch.inf)
 
     @property
@@ -223,6 +259,11 @@ class Transformer(nn.Module):
         config = self.config
         head_dim = config.n_embd // config.n_head
         return KeyValueCache(batch_size, config.n_layer, config.n_head, head_dim, max_len, self.device)
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether it writes in several places of a text at once: LLaDA, and GPT with several streams."""
+        return not self.causal or self.config.parallel > 1
 
     @property
     def is_segmented(self) -> bool:
@@ -272,7 +313,8 @@ MODELS = {"llada": LLaDAModel, "gpt": GPT}
 def least_bytes(name: str, config: ModelConfig) -> int:
     """Memory that a model takes at least, a few percent below what it does take: from its sizes, nothing is built."""
     V, C = config.vocab_size, config.n_embd
-    tables = config.ngram_rows * len(NGRAMS[MODELS[name].causal]) if config.arch == "rotary" else 0
+    kinds = len(NGRAMS[MODELS[name].causal]) + (len(BORDER_NGRAMS) if config.parallel > 1 else 0)
+    tables = config.ngram_rows * kinds if config.arch == "rotary" else 0
     positions = config.block_size * (C // config.n_head)
     return 4 * (C * (2 * V + tables + 12 * C * config.n_layer) + positions)
 
@@ -319,8 +361,13 @@ def merge_lora(model: Transformer) -> Transformer:
 def adapt(base: Transformer, config: ModelConfig, generator: torch.Generator | None = None) -> Transformer:
     """The network `base` with another configuration: for a larger vocabulary, with adapters, for other rows of text.
 
-    The other sizes must be equal. Adapters of another rank are merged first, those of the same rank are kept.
+    The other sizes must be equal. Adapters of another rank are merged first, those of the same rank are kept. Streams
+    can be added, whose n-grams start at zero, and taken away.
     """
+    if config.parallel != base.config.parallel:
+        new = type(base)(replace(merge_lora(base).config, parallel=config.parallel))
+        new.load_state_dict(merged_state(base), strict=False)
+        base = new.to(base.device)
     grown = extend_vocabulary(base, config.vocab_size, generator)
     if config.lora_rank != grown.config.lora_rank:
         grown = add_lora(grown, config.lora_rank, generator) if config.lora_rank else merge_lora(grown)

@@ -173,6 +173,8 @@ def add_network_flags(parser: Parser) -> None:
     add("--dropout", type=number(float, low=0, below=1), metavar="P", help="of the layers")
     ngram_dropout = "of the n-gram tables, which overfit first"
     add("--ngram-dropout", type=number(float, low=0, below=1), metavar="P", help=ngram_dropout)
+    parallel = "GPT: write a window in P streams at once, each with P-th of the network evaluations (default: 1)"
+    add("--parallel", type=POSITIVE_INT, metavar="P", help=parallel)
     add("--ngram-rows", type=POSITIVE_INT, metavar="N", help="of each n-gram table, best a prime (default: 65521)")
 
 
@@ -239,7 +241,7 @@ def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoi
     if args.block_size and args.block_size > network.block_size:
         raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
     preset = fine_tuning_preset(args.model)
-    kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout")}
+    kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout", "parallel")}
     if network.segments != "pairs":
         kept["segments"] = network.segments
     return replace(preset, **(kept | settings))

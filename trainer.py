@@ -43,7 +43,6 @@ from utils.errors import ArgumentError, check_number
 from utils.files import sha256_of
 from utils.processes import Processes
 
-OBJECTIVES = {"llada": DiffusionObjective(), "gpt": CausalObjective()}
 OPTIMIZERS = ("muon", "adamw")
 SHORT_PARTS = 2  # into how many a window is cut while windows are short
 VALIDATIONS = 10  # in a run, unless eval_every says otherwise
@@ -76,6 +75,7 @@ class TrainConfig:
     dropout: float = 0.0
     ngram_dropout: float = 0.0
     ngram_rows: int = 65521
+    parallel: int = 1
     # Optimization.
     batch_size: int = 16  # windows in a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches in a step
@@ -114,6 +114,8 @@ class TrainConfig:
         check_number("lora_rank", self.lora_rank, low=0)
         if self.lora_rank and self.init_from is None:
             raise ArgumentError("lora_rank", "needs a model to adapt: name its checkpoint with --init-from")
+        if self.parallel > 1 and self.model == "llada":
+            raise ArgumentError("parallel", "is for --model gpt: LLaDA writes in several places anyway")
         if (self.steps is None) == (self.minutes is None):
             raise ArgumentError("steps", "or minutes must be given, and not both")
         self.model_config(vocab_size=len(SPECIAL_TOKENS) + 1)  # raises for impossible sizes
@@ -123,7 +125,7 @@ class TrainConfig:
         return ModelConfig(
             vocab_size, self.block_size, self.n_embd, self.n_head, self.n_layer, self.dropout, self.arch,
             ngram_dropout=self.ngram_dropout, ngram_rows=self.ngram_rows, segments=self.segments,
-            lora_rank=self.lora_rank,
+            parallel=self.parallel, lora_rank=self.lora_rank,
         )  # fmt: skip
 
     to_dict = asdict
@@ -165,6 +167,11 @@ def load_training_corpus(config: TrainConfig, base: Checkpoint | None = None) ->
     return load_corpus(config.data, None if known_by_characters else make_tokenizer)
 
 
+def objective_for(model: Transformer) -> DiffusionObjective | CausalObjective:
+    """What a model is trained for and scored by."""
+    return CausalObjective(model.config.parallel) if model.causal else DiffusionObjective()
+
+
 # ------------------------------------------------------------------------------------------------- the run
 class Trainer:
     """A run's whole state and its loop. `checkpoint` and `resume` turn it into a file and back, bit for bit.
@@ -188,7 +195,6 @@ class Trainer:
         start = time.monotonic()
         self.clock = clock or (lambda: time.monotonic() - start)
         self.config, self.corpus, self.processes = config, corpus, processes
-        self.objective = OBJECTIVES[config.model]
         self.step, self.flops, self.seconds_before = 0, 0.0, 0.0
         self.history: list[dict] = []
         self.losses: list[Tensor] = []
@@ -203,6 +209,7 @@ class Trainer:
         self._check_memory(network)
         model = MODELS[config.model](network) if base is None else adapt(base.model, network, self.generator)
         self.model = model.to(processes.device)
+        self.objective = objective_for(model)
         for module in self.model.modules():
             if isinstance(module, nn.EmbeddingBag):  # a step touches few rows, but GPUs and compilers need dense rows
                 module.sparse = processes.device.type == "cpu" and not config.compile
@@ -344,7 +351,7 @@ class Trainer:
 
         Returns its loss, nats/character, on the device: the same in all processes, so that process 0 can save it.
         """
-        batch = self.objective.make_batch(self.sample_rows(done), self.generator)
+        batch = self.objective.make_batch(self.sample_rows(done), self.generator, is_training=True)
         self.flops += self.model.flops_per_token(batch.inputs.shape[1]) * batch.inputs.numel()
         total, parts = torch.zeros((), device=self.processes.device), self.config.accumulate
         for part in range(parts):
@@ -484,7 +491,7 @@ def score_validation(trainer: Trainer) -> Likelihood:
 
 def score_rows(model: Transformer, batches: list[Rows]) -> Likelihood:
     """Exact (GPT) or upper bound (LLaDA) on rows, with a progress display."""
-    objective, (N, T) = OBJECTIVES[model.name], batches[0].tokens.shape
+    objective, (N, T) = objective_for(model), batches[0].tokens.shape
     evaluations = 2 * pairs_needed(N, T, FINAL_PAIRS) if objective.is_bound else 1  # of a row
     with (
         progress(evaluations * N * T, "validate") as update,

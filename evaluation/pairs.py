@@ -16,7 +16,7 @@ from evaluation.settings import EvaluationSettings
 from generation.text import generate_texts
 from model import Transformer
 from tokenizer import Tokenizer
-from trainer import OBJECTIVES, scoring_batch_size
+from trainer import objective_for, scoring_batch_size
 from utils.console import say, track
 from utils.counter import EvaluationCounter
 from utils.errors import ArgumentError
@@ -123,7 +123,7 @@ def score_model(
     model = checkpoint.model
     rows = [batch.to(model.device) for batch in rows]
     size = scoring_batch_size(model)
-    likelihood = OBJECTIVES[model.name].likelihood(model, rows, pairs=settings.pairs, batch_size=size, seed=seed)
+    likelihood = objective_for(model).likelihood(model, rows, pairs=settings.pairs, batch_size=size, seed=seed)
     with EvaluationCounter(model) as counter:
         texts = complete_pairs(model, checkpoint.tokenizer, pairs, temperature, seed)
     examples = [pair._asdict() | {"text": text} for pair, text in zip(pairs, texts, strict=True)][:EXAMPLES]

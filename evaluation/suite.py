@@ -22,8 +22,9 @@ from evaluation.policies import compare_policies, compare_schedules
 from evaluation.samples import SampleMetrics, continue_prompts, measure_infilling, measure_samples, validation_prompts
 from evaluation.settings import QUICK, EvaluationSettings
 from likelihood import Likelihood, monotone
+from model import MODELS
 from tokenizer import SimpleTokenizer
-from trainer import OBJECTIVES, scoring_batch_size
+from trainer import objective_for, scoring_batch_size
 from unmasking import STRIDE
 from utils.console import progress, say
 from utils.counter import EvaluationCounter
@@ -57,7 +58,7 @@ def select_checkpoints(paths: list[str], device: str) -> dict[str, Checkpoint]:
                 for c in (first, other)
             )
             raise ValueError(f"{' and '.join(texts)} were trained on different texts: evaluate them one at a time")
-    return {name: checkpoints[name] for name in OBJECTIVES if name in checkpoints}
+    return {name: checkpoints[name] for name in MODELS if name in checkpoints}
 
 
 def load_same_corpus(checkpoint: Checkpoint, name: str | None) -> Corpus:
@@ -131,7 +132,7 @@ class Evaluation:
         """The likelihood of the same rows under each model."""
         settings = {"pairs": pairs, "seed": self.seed}
         return {
-            name: OBJECTIVES[name].likelihood(model, batches, batch_size=scoring_batch_size(model), **settings)
+            name: objective_for(model).likelihood(model, batches, batch_size=scoring_batch_size(model), **settings)
             for name, model in self.models.items()
         }
 

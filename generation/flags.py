@@ -46,6 +46,8 @@ def used_flags(mode: str, model: Transformer) -> set[str]:
     if mode == "num_beams":
         return used | {"num_samples", *names(BeamConfig)} if model.causal else set()
     used |= {"seed", "stop", *names(DecodingConfig)} if model.causal else {"seed", *names(SamplingConfig)}
+    if model.causal and model.fills_masks:  # streams do not write from left to right
+        used -= {"stop", "context_len", "slide", "compile"}
     if mode == "chat":
         return used - {"prompt"}
     return used | {"num_samples", "pause", *VIEWS} | (set() if model.causal else {*TEMPLATES})
@@ -133,7 +135,8 @@ def make_config(args: Namespace, model: Transformer) -> Config:
     """The settings with which this model writes. Raises ArgumentError for settings that do not go together."""
     defaults = {"temperature": 0.0 if model.config.segments == "pairs" else TEMPERATURE}
     if model.causal:
-        return DecodingConfig(**(defaults | {"slide": half_context(args, model)} | given(args, DecodingConfig)))
+        slide = {} if model.fills_masks else {"slide": half_context(args, model)}
+        return DecodingConfig(**(defaults | slide | given(args, DecodingConfig)))
     return text_sampling(**(defaults | given(args, SamplingConfig)))
 
 

@@ -53,14 +53,14 @@ class Recorder:
         pass
 
     def filling(
-        self, states: Iterable[GenerationState], template: Tensor, tokenizer: Tokenizer
+        self, states: Iterable[GenerationState], template: Tensor, tokenizer: Tokenizer, label: str = "LLaDA"
     ) -> Iterator[GenerationState]:
-        """Pass on the states of `fill_masks` and show the first text. template: (T,) its ids at the start.
+        """Pass on the states of `fill_masks` or `write_streams` and show the first text. template: (T,) its ids first.
 
         Raises ValueError if the texts differ in length.
         """
         window = None
-        for history in record_filling(self.tapped(states), template, tokenizer):
+        for history in record_filling(self.tapped(states), template, tokenizer, label):
             if self.latest:
                 window = current_window(self.latest[0], history) or window
             self.show(history, window)

@@ -35,7 +35,6 @@ from generation.infilling import (
     MASK_PATTERN,
     GenerationState,
     completed_pieces,
-    fill_masks,
     fill_template,
     parse_template,
     prompt_template,
@@ -44,7 +43,7 @@ from generation.live import PAUSE, Recorder, View
 from generation.page import write_page
 from generation.race import race
 from generation.screen import text_stands
-from generation.text import Config, GeneratorTransformer, prompt_ids, stop_rule, stream_texts
+from generation.text import Config, GeneratorTransformer, fill_templates, prompt_ids, stop_rule, stream_texts
 from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
 from utils.console import counted, progress, say, write
@@ -86,7 +85,7 @@ def text_mode(writer: GeneratorTransformer, args: Namespace) -> Callable[[Genera
         return print_file
     if args.watch or args.html or args.gif:
         return print_viewed
-    return print_decoded if writer.model.causal else print_filled
+    return print_filled if writer.model.fills_masks else print_decoded
 
 
 def check_memory(args: Namespace, model: Transformer) -> None:
@@ -112,7 +111,7 @@ def load(args: Namespace, name: str | None) -> GeneratorTransformer:
 
 # ------------------------------------------------------------------------------------------------- writing text
 def print_decoded(writer: GeneratorTransformer, args: Namespace) -> None:
-    """GPT: one text as it is written, or several at the end."""
+    """Writing from left to right: one text as it is written, or several at the end."""
     start = time.perf_counter()
     prompt = opening(args.prompt, writer.model, writer.tokenizer)
     pieces = stream(writer, [prompt] * args.num_samples, make_config(args, writer.model), args, args.seed)
@@ -139,9 +138,10 @@ def stream(
 
 
 def print_filled(writer: GeneratorTransformer, args: Namespace) -> None:
-    """LLaDA: one text as it becomes complete from the left, or several at the end."""
+    """Writing in many places: one text as it becomes complete from the left, or several at the end."""
     template, hidden = make_template(args, writer)
-    start, at_end, n = time.perf_counter(), make_config(args, writer.model).remask is not None, args.num_samples
+    start, n = time.perf_counter(), args.num_samples
+    at_end = args.remask is not None
     given, texts = writer.tokenizer.decode(template[hidden:][template[hidden:] != MASK_ID]), [""] * n
     with EvaluationCounter(writer.model) as counter:
         states = fill(writer, args, [template] * n)
@@ -169,10 +169,9 @@ def make_template(args: Namespace, writer: GeneratorTransformer) -> tuple[Tensor
 
 
 def fill(writer: GeneratorTransformer, args: Namespace, templates: list[Tensor]) -> Iterator[GenerationState]:
-    """The states of `fill_masks` with the settings and the seed of the flags."""
-    generator = torch.Generator().manual_seed(args.seed)
-    config, may_end = make_config(args, writer.model), not is_template(args)
-    return fill_masks(writer.model, templates, config, generator=generator, may_end=may_end)
+    """The states of the texts with the settings and the seed of the flags."""
+    config, generator = make_config(args, writer.model), torch.Generator().manual_seed(args.seed)
+    return fill_templates(writer.model, templates, config, generator, may_end=not is_template(args))
 
 
 def print_file(writer: GeneratorTransformer, args: Namespace) -> None:
@@ -220,10 +219,10 @@ def print_viewed(writer: GeneratorTransformer, args: Namespace) -> None:
     ids, hidden = beginning(writer, args)
     view = Recorder(hidden)
     if args.watch:
-        steps, pause = args.max_out_tokens if model.causal else None, PAUSE if args.pause is None else args.pause
+        steps, pause = None if model.fills_masks else args.max_out_tokens, PAUSE if args.pause is None else args.pause
         view = View(pause, steps, hidden, stays=n == 1)
     with view:
-        if model.causal:
+        if not model.fills_masks:
             columns = list(follow(writer, args, ids, view))
             nfe, tails = len(columns), [tokenizer.decode(row) for row in torch.stack(columns, 1).cpu()]
             characters, texts = sum(map(len, tails)), [shown_prompt(args, model) + tail for tail in tails]
@@ -258,7 +257,7 @@ def print_race(writers: Sequence[GeneratorTransformer], args: Namespace) -> None
 
 def beginning(writer: GeneratorTransformer, args: Namespace) -> tuple[Tensor, int]:
     """What a text begins with: (T,) ids, LLaDA's with masks; and how many positions of it are not to be printed."""
-    if not writer.model.causal:
+    if writer.model.fills_masks:
         return make_template(args, writer)
     prompt = opening(args.prompt, writer.model, writer.tokenizer)
     ids = prompt_ids(writer.model, writer.tokenizer, prompt)
@@ -275,8 +274,9 @@ def follow(
 ) -> Iterator[Tensor] | Iterator[GenerationState]:
     """Write texts that begin with ids (T,) and show the first in a view: columns of tokens (GPT) or states (LLaDA)."""
     model, tokenizer = writer.model, writer.tokenizer
-    if not model.causal:
-        return view.filling(fill(writer, args, [ids] * args.num_samples), ids, tokenizer)
+    if model.fills_masks:
+        label = "GPT" if model.causal else "LLaDA"
+        return view.filling(fill(writer, args, [ids] * args.num_samples), ids, tokenizer, label)
     columns = decode(
         model,
         [ids] * args.num_samples,

@@ -26,6 +26,7 @@ from torch import Tensor
 from autoregressive import DecodingConfig, SlidingContext, beam_search, decode
 from checkpoint import load_checkpoint
 from generation.infilling import (
+    GenerationState,
     answer_room,
     completed_pieces,
     fill_masks,
@@ -35,6 +36,7 @@ from generation.infilling import (
     prompt_template,
     text_sampling,
 )
+from generation.streams import write_streams
 from logits import in_float64
 from model import Transformer, merge_lora
 from sampler import SamplingConfig
@@ -88,13 +90,13 @@ def stream_texts(
     config = config_for(model, config, settings)
     stops = [stop] if isinstance(stop, str) else list(stop)
     generator = torch.Generator().manual_seed(seed)
-    if not model.causal:
+    if model.fills_masks:
         if stops:
-            raise ArgumentError("stop", "needs a GPT model: LLaDA does not write from left to right")
+            raise ArgumentError("stop", f"needs a GPT with one stream: this {model.name} writes in many places at once")
         templates = [prompt_template(prompt, max_out_tokens, model, tokenizer, history) for prompt in prompts]
-        states = fill_masks(model, [ids for ids, _ in templates], config, generator=generator, may_end=True)
+        states = fill_templates(model, [ids for ids, _ in templates], config, generator, may_end=True)
         given = [length for _, length in templates]
-        return completed_pieces(states, tokenizer, given, at_end=config.remask is not None)
+        return completed_pieces(states, tokenizer, given, at_end=getattr(config, "remask", None) is not None)
     columns = decode(
         model,
         [prompt_ids(model, tokenizer, prompt, history, answer_room(model, max_out_tokens)) for prompt in prompts],
@@ -104,6 +106,15 @@ def stream_texts(
         stop=stop_rule(stops, tokenizer),
     )
     return decoded_pieces(columns, tokenizer, len(prompts))
+
+
+def fill_templates(
+    model: Transformer, templates: list[Tensor], config: Config, generator: torch.Generator, may_end: bool
+) -> Iterator[GenerationState]:
+    """The states of `fill_masks` (LLaDA) or `write_streams` (GPT)."""
+    if model.causal:
+        return write_streams(model, templates, config, generator=generator)
+    return fill_masks(model, templates, config, generator=generator, may_end=may_end)
 
 
 def decoded_pieces(columns: Iterable[Tensor], tokenizer: Tokenizer, count: int) -> Iterator[list[str]]:

@@ -11,7 +11,7 @@ from benchmarks import finetuning, pairs, tokens, training
 from checkpoint import Checkpoint
 from data import corpus_from_text, load_corpus, load_pairs, make_dataset
 from model import MODELS, ModelConfig
-from trainer import OBJECTIVES, TrainConfig, load_training_corpus
+from trainer import TrainConfig, load_training_corpus, objective_for
 from utils import console
 
 SMALL = pairs.Sizes(words=40, held_out=10, facts=6, word_steps=1, fact_steps=1, seeds=2)
@@ -90,7 +90,7 @@ def test_gpt_ranks_names_by_the_likelihood_of_the_line():
         for candidate in names:
             part = torch.from_numpy(corpus.tokenizer.encode(candidate + end))
             dataset = make_dataset(part, corpus.tokenizer, 24, "line")
-            likelihood = OBJECTIVES["gpt"].likelihood(gpt.model, [dataset.rows(torch.tensor([0]))])
+            likelihood = objective_for(gpt.model).likelihood(gpt.model, [dataset.rows(torch.tensor([0]))])
             nats[candidate] = float(likelihood.window_nats)
         assert name == min(nats, key=nats.get)
 

@@ -457,7 +457,7 @@ def test_stop_is_a_string_or_several():
     for stops in ("", ["", "a"]):
         with pytest.raises(ArgumentError, match="stop must not be an empty string"):
             generate_text(model, TOKENIZER, stop=stops)
-    with pytest.raises(ArgumentError, match="stop needs a GPT model"):
+    with pytest.raises(ArgumentError, match="stop needs a GPT"):
         generate_text(tiny_model("llada"), TOKENIZER, stop=stop)
 
 

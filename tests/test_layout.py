@@ -26,7 +26,7 @@ MAY_IMPORT = {  # module -> what it may import of this project; "utils" stands f
     "unmasking": {"logits"} | ERRORS,
     "sampler": {"unmasking", "logits"} | ERRORS,
     "diffusion": {"tokenizer", "likelihood", "data"} | ERRORS,
-    "autoregressive": {"model", "logits", "tokenizer", "likelihood", "data"} | ERRORS,
+    "autoregressive": {"layers", "model", "logits", "tokenizer", "likelihood", "data"} | ERRORS,
     "checkpoint": {"model", "tokenizer", "utils"},
     "trainer": ROOT_MODULES - SCRIPTS - {"trainer", "unmasking", "sampler"} | {"utils"},
     "utils": {"utils"},

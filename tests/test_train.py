@@ -22,7 +22,7 @@ from data import load_corpus, validation_rows, window_rows
 from diffusion import DiffusionObjective
 from model import ENCODERS, MODELS
 from tokenizer import MASK_ID, SimpleTokenizer
-from trainer import OBJECTIVES, OPTIMIZERS, TrainConfig, Trainer
+from trainer import OPTIMIZERS, TrainConfig, Trainer, objective_for
 from utils.console import progress, run_program
 from utils.errors import ArgumentError
 from utils.processes import Processes
@@ -250,7 +250,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(corpus_file, model):
 def test_gpu_paths_compute_the_same_loss(corpus_file, model):
     """What CUDA does by default, as far as a CPU can: bfloat16 autocast, and the encoder captured as a graph."""
     trainer = small_trainer(model, corpus_file)
-    objective, network = OBJECTIVES[model], trainer.model
+    objective, network = trainer.objective, trainer.model
     batch = objective.make_batch(trainer.train_set.sample(8, trainer.generator), trainer.generator)
     exact = objective.loss(objective.predict(network, batch), batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -366,13 +366,13 @@ def test_training_learns(run_script, corpus_file, tmp_path):
         frequencies = torch.bincount(train_ids.long()).float() / len(train_ids)
         unigram = -frequencies[val_ids.long()].clamp(min=1e-9).log().mean().item()
         rows = validation_rows(val_ids, corpus.tokenizer, 16)
-        result = OBJECTIVES[model].likelihood(checkpoint.model, rows, pairs=2, seed=0)
+        result = objective_for(checkpoint.model).likelihood(checkpoint.model, rows, pairs=2, seed=0)
         assert result.nats_per_char < 0.6 * unigram
 
 
 # ------------------------------------------------------------------------------------------------- settings
 def test_command_line_choices_are_the_registries():
-    assert set(train.MODELS) == set(MODELS) == set(OBJECTIVES)
+    assert set(train.MODELS) == set(MODELS)
     assert set(train.ARCHITECTURES) == set(ENCODERS)
     assert set(train.OPTIMIZERS) == set(OPTIMIZERS)
 
