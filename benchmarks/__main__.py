@@ -12,8 +12,8 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
     "linear layer: median over seeds. The time is scaled by the speed of this machine.",
     "decoding": "GPT with random weights: recomputed, cached, compiled, with a sliding context, with beams. "
     "A / B: median times, and in brackets the smallest and the largest ratio of one pair.",
-    "sampling": "Samplers of the newest LLaDA under OUT at temperature 1, and GPT. "
-    "bits/char of held-out windows, with 95 % intervals over windows. An exact figure is the likelihood of the sampler "
+    "sampling": "Samplers of the newest LLaDA under OUT at temperature 1, and GPTs. "
+    "nats/char of held-out windows, with 95 % intervals over windows. An exact figure is the likelihood of the sampler "
     "that is timed. Random order has only an upper bound: the mean of -log p(text | order) over drawn orders (Jensen). "
     "drawn_confidence, LLaDA's published rule, has no likelihood. Differences are paired over the same windows. A "
     "sampler with an exact figure above the bound is worse than random order; one below it need not be better. "
@@ -56,6 +56,8 @@ def parse_args() -> argparse.Namespace:
         if name == "sampling":
             add("--out", default="out", help="folder of the trained models (default: out)")
             add("--windows", type=POSITIVE_INT, help="held-out windows to score (default: 64, quick: 16)")
+            add("--also", nargs="+", default=(), metavar="OUT", help="folders of further GPTs, perhaps with streams")
+            add("--picture", type=Path, metavar="FILE", help="draw loss against speed and network evaluations there")
     return parser.parse_args()
 
 
@@ -73,7 +75,7 @@ def main() -> None:
             rows = decoding.compare_decoders(args.quick)
         case "sampling":
             windows, lengths = args.windows or (16 if args.quick else 64), (128,) if args.quick else (128, 256)
-            rows = sampling.compare_samplers(args.out, windows, lengths)
+            rows = sampling.compare_samplers(args.out, windows, lengths, args.also, args.picture)
         case "pairs" if args.write:
             pairs.write_data(args.write, pairs.QUICK if args.quick else pairs.FULL, args.seed or 0)
             return say(f"wrote {', '.join(pairs.FILES)} to {args.write}")

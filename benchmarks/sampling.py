@@ -1,21 +1,25 @@
-"""Benchmarks of sampling: likelihood, network evaluations and time of LLaDA's samplers, beside GPT with a cache.
+"""Benchmarks of sampling: likelihood, network evaluations and time of LLaDA's samplers, beside GPTs with a cache.
 
 A sampler is one SamplingConfig at temperature 1: it scores held-out text, and it writes the text that is timed.
 Letters: N windows, T characters of a text, B texts at once.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from autoregressive import decode, exact_nll
+from autoregressive import decode, equal_streams, exact_nll
 from benchmarks.timing import Row, timed
 from checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from data import load_same_corpus, validation_rows
+from evaluation.plots import COLOURS, MARKERS, OTHERS, STYLE, add_legend
 from generation.infilling import mask_predictor
+from generation.streams import write_streams
 from likelihood import Likelihood, Predict, half_width95, policy_likelihood
 from model import GPT, LLaDAModel
 from sampler import SamplingConfig, reverse_process
@@ -39,7 +43,6 @@ ADAPTIVE = {
     "entropy, entropy bound 0.2": SamplingConfig(order="entropy", entropy_bound=0.2, temperature=1.0),
 }
 BOUND_REFERENCE = "random, 1 a step"
-GPT_LABEL = "GPT, cached"
 
 
 # ------------------------------------------------------------------------------------------------- samplers
@@ -82,20 +85,20 @@ def kind(likelihood: Likelihood | None) -> str:
     return "upper bound" if likelihood.is_bound else "exact"
 
 
-def bits(likelihood: Likelihood | None) -> str:
-    """Bits/char, with the 95 % interval over windows."""
+def nats(likelihood: Likelihood | None) -> str:
+    """nats/char, with the 95 % interval over windows."""
     if likelihood is None:
         return "-"
     low, high = likelihood.ci95
-    return f"{likelihood.nats_per_char / math.log(2):.3f} +- {(high - low) / 2 / math.log(2):.3f}"
+    return f"{likelihood.nats_per_char:.3f} +- {(high - low) / 2:.3f}"
 
 
 def difference(a: Likelihood | None, b: Likelihood | None) -> str:
-    """Bits/char by which a is above b, with the paired 95 % interval: both are of the same windows."""
+    """nats/char by which a is above b, with the paired 95 % interval: both are of the same windows."""
     if a is None or b is None or a is b:
         return "-"
     half = half_width95(a.window_nats - b.window_nats, a.characters)
-    return f"{(a.nats_per_char - b.nats_per_char) / math.log(2):+.3f} +- {half / math.log(2):.3f}"
+    return f"{a.nats_per_char - b.nats_per_char:+.3f} +- {half:.3f}"
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -108,6 +111,8 @@ def write_with_llada(model: LLaDAModel, config: SamplingConfig, T: int, B: int) 
 
 def write_with_gpt(model: GPT, T: int, B: int) -> float:
     """Write B texts of T characters from nothing with the cache; the number of network evaluations."""
+    if model.fills_masks:
+        return float(sum(1 for _ in write_streams(model, [torch.full((T,), MASK_ID)] * B)))
     return float(sum(1 for _ in decode(model, [torch.tensor([START_ID])] * B, max_out_tokens=T)))
 
 
@@ -119,51 +124,131 @@ def time_writers(writers: dict[str, Callable[[], float]]) -> tuple[dict[str, flo
     return seconds, nfe
 
 
-# ------------------------------------------------------------------------------------------------- samplers and GPT
-def compare_samplers(out: str, n_windows: int, lengths: tuple[int, ...]) -> Iterator[Row]:
-    """Table of `samplers` and GPT, on n_windows held-out windows of each length T.
+# ------------------------------------------------------------------------------------------------- samplers and GPTs
+@dataclass(frozen=True)
+class Measured:
+    """A sampler's figures for texts of T characters."""
 
-    A length beyond LLaDA's context is cut to it; GPT has a row where the text fits in its context.
-    Raises ValueError if there is no LLaDA under `out`.
+    T: int
+    name: str
+    likelihood: Likelihood | None
+    nfe: float
+    seconds: list[float]  # for each of BATCH_SIZES
+
+
+def compare_samplers(
+    out: str, n_windows: int, lengths: tuple[int, ...], also: Sequence[str] = (), picture: Path | None = None
+) -> Iterator[Row]:
+    """Table of `samplers` and GPTs, on n_windows held-out windows of each length T; and a picture of the longest.
+
+    The GPTs are the newest ones under `out` and under the folders of `also`. A length beyond LLaDA's context is cut to
+    it; GPTs have a row where the text fits in their context. Raises ValueError if there is no LLaDA under `out`.
     """
     llada = load_checkpoint(newest_checkpoint(out, "llada"))
-    gpt, model, predict = comparable_gpt(out, llada), llada.model, mask_predictor(llada.model)
+    gpts = comparable_gpts([out, *also], llada)
     first = next(iter(samplers(max(lengths))))
     yield (
-        "T", "sampler", "NFE", "bits/char", "kind", f"minus {first} (exact)", f"minus {BOUND_REFERENCE} (upper bound)",
+        "T", "sampler", "NFE", "nats/char", "kind", f"minus {first} (exact)", f"minus {BOUND_REFERENCE} (upper bound)",
         *(f"ms, batch {B}" for B in BATCH_SIZES), f"times faster than {first}",
     )  # fmt: skip
-    for T in sorted({min(T, model.config.block_size) for T in lengths}):
-        windows, configs = held_out_windows(llada, T, n_windows), samplers(T)
-        scores = {name: score(predict, windows, configs[name]) for name in track(configs, f"likelihood, T = {T}")}
-        if gpt is not None and T <= gpt.model.config.block_size:
-            scores[GPT_LABEL] = Likelihood.from_token_nats([exact_nll(gpt.model, windows, START_ID)])
-        seconds = []  # for each batch size
-        for B in BATCH_SIZES:
-            writers = {name: partial(write_with_llada, model, config, T, B) for name, config in configs.items()}
-            if GPT_LABEL in scores:
-                writers[GPT_LABEL] = partial(write_with_gpt, gpt.model, T, B)
-            write_with_llada(model, SamplingConfig(steps=1), T, B)  # the first call is slower: not counted
-            times, nfe = time_writers(writers)
-            seconds.append(times)
-        for name, likelihood in scores.items():
+    for T in sorted({min(T, llada.model.config.block_size) for T in lengths}):
+        rows = {row.name: row for row in measure(llada, gpts, T, n_windows)}
+        reference, bound = rows[first], rows[BOUND_REFERENCE].likelihood
+        for row in rows.values():
             yield (
-                str(T), name, f"{nfe[name]:.1f}", bits(likelihood), kind(likelihood),
-                difference(likelihood, scores[first]), difference(likelihood, scores.get(BOUND_REFERENCE)),
-                *(f"{1000 * times[name]:.0f}" for times in seconds),
-                " ".join(f"{times[first] / times[name]:.1f}x" for times in seconds),
+                str(T), row.name, f"{row.nfe:.1f}", nats(row.likelihood), kind(row.likelihood),
+                difference(row.likelihood, reference.likelihood), difference(row.likelihood, bound),
+                *(f"{1000 * seconds:.0f}" for seconds in row.seconds),
+                " ".join(f"{a / b:.1f}x" for a, b in zip(reference.seconds, row.seconds, strict=True)),
             )  # fmt: skip
+    if picture is not None:
+        draw_frontier(list(rows.values()), picture)
 
 
-def comparable_gpt(out: str, llada: Checkpoint) -> Checkpoint | None:
-    """The newest GPT under `out`; None if it saw LLaDA's held-out text. As LLaDA here, it never writes [END]."""
-    try:
-        gpt = load_checkpoint(newest_checkpoint(out, "gpt"))
-    except ValueError as error:
-        say(f"no row for GPT: {error}")
-        return None
-    if gpt.corpus["sha256"] != llada.corpus["sha256"] or gpt.corpus["val_fraction"] < llada.corpus["val_fraction"]:
-        say(f"no row for GPT: {gpt.path} may have been trained on the windows that are scored")
-        return None
-    gpt.model.never[END_ID] = True
-    return gpt
+def measure(llada: Checkpoint, gpts: dict[str, GPT], T: int, n_windows: int) -> list[Measured]:
+    """The figures of all samplers and GPTs for texts of T characters."""
+    model, predict = llada.model, mask_predictor(llada.model)
+    windows, configs = held_out_windows(llada, T, n_windows), samplers(T)
+    scores = {name: score(predict, windows, configs[name]) for name in track(configs, f"likelihood, T = {T}")}
+    gpts = {name: gpt for name, gpt in gpts.items() if T <= gpt.config.block_size}
+    for name, gpt in gpts.items():
+        nll = exact_nll(gpt, windows, START_ID, streams=equal_streams(T, gpt.config.parallel))
+        scores[name] = Likelihood.from_token_nats([nll])
+    seconds = []  # for each batch size
+    for B in BATCH_SIZES:
+        writers = {name: partial(write_with_llada, model, config, T, B) for name, config in configs.items()}
+        writers |= {name: partial(write_with_gpt, gpt, T, B) for name, gpt in gpts.items()}
+        write_with_llada(model, SamplingConfig(steps=1), T, B)  # the first calls are slower: not counted
+        for gpt in gpts.values():
+            write_with_gpt(gpt, min(T, 32), B)
+        times, nfe = time_writers(writers)
+        seconds.append(times)
+    return [Measured(T, name, scores[name], nfe[name], [times[name] for times in seconds]) for name in scores]
+
+
+def comparable_gpts(folders: Sequence[str], llada: Checkpoint) -> dict[str, GPT]:
+    """The newest GPT under each folder, but for those that saw LLaDA's held-out text, by their names in the table.
+
+    As LLaDA here, they never write [END].
+    """
+    gpts = {}
+    for folder in folders:
+        try:
+            gpt = load_checkpoint(newest_checkpoint(folder, "gpt"))
+        except ValueError as error:
+            say(f"no row for GPT: {error}")
+            continue
+        if gpt.corpus["sha256"] != llada.corpus["sha256"] or gpt.corpus["val_fraction"] < llada.corpus["val_fraction"]:
+            say(f"no row for GPT: {gpt.path} may have been trained on the windows that are scored")
+            continue
+        gpt.model.never[END_ID] = True
+        P = gpt.model.config.parallel
+        gpts["GPT, cached" if P == 1 else f"GPT, {P} streams"] = gpt.model
+    return gpts
+
+
+# ------------------------------------------------------------------------------------------------- the picture
+def family(name: str) -> str:
+    """The samplers that one line of the picture joins.
+
+    >>> family("sweep, 8 a step"), family("confidence, threshold 0.9"), family("GPT, 8 streams")
+    ('sweep order', 'confidence order, adaptive', 'GPT in one stream and in several')
+    """
+    order, _, rest = name.partition(", ")
+    if order == "GPT":
+        return "GPT in one stream and in several"
+    return f"{order} order" + ("" if rest.endswith("a step") else ", adaptive")
+
+
+def draw_frontier(rows: list[Measured], path: Path) -> None:
+    """nats/char against characters/s at each batch size and against network evaluations. Bounds are hollow."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot as plt
+
+    scored = [row for row in rows if row.likelihood is not None]
+    xs = {f"characters/s, batch {B}": [row.T * B / row.seconds[i] for row in scored] for i, B in enumerate(BATCH_SIZES)}
+    xs[f"network evaluations for {rows[0].T} characters"] = [row.nfe for row in scored]
+    families = list(dict.fromkeys(family(row.name) for row in scored))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(xs), figsize=(11, 4.6), sharey=True)
+        for axes, (label, x) in zip(panels, xs.items(), strict=True):
+            for i, name in enumerate(families):
+                pairs = zip(x, scored, strict=True)
+                mine = [(value, row.likelihood) for value, row in pairs if family(row.name) == name]
+                points = sorted((value, likelihood.nats_per_char) for value, likelihood in mine)
+                is_bound = mine[0][1].is_bound
+                is_gpt = name.startswith("GPT")
+                colour = COLOURS["gpt"] if is_gpt else [COLOURS["llada"], *OTHERS][i % (1 + len(OTHERS))]
+                axes.plot(
+                    *zip(*points, strict=True), marker=MARKERS[i % len(MARKERS)], color=colour, markersize=5,
+                    markerfacecolor="white" if is_bound else colour, linewidth=2 if is_gpt else 1,
+                    label=f"{name} ({'upper bound' if is_bound else 'exact'})",
+                )  # fmt: skip
+            axes.set_xscale("log")
+            axes.set_xlabel(label)
+        panels[0].set_ylabel("loss (nats/char)")
+        add_legend(figure, panels[0], columns=3)
+        figure.savefig(path, dpi=90)
+        plt.close(figure)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive import decode, exact_nll
+from autoregressive import decode, equal_streams, exact_nll
 from evaluation.likelihoods import mean_and_interval
 from evaluation.metrics import (
     NGramModel,
@@ -66,7 +66,8 @@ def exact_nats_per_char(model: Transformer, texts: Tensor) -> float:
     """
     size, policy = scoring_batch_size(model), UnmaskingPolicy(order="sweep")
     if model.causal:
-        return exact_nll(model, texts.to(model.device), START_ID, size).mean().item()
+        streams = equal_streams(texts.shape[1], model.config.parallel)
+        return exact_nll(model, texts.to(model.device), START_ID, size, streams).mean().item()
     result, _ = policy_likelihood(mask_predictor(model), texts, policy, MASK_ID, batch_size=size)
     return result.nats_per_char
 

@@ -94,14 +94,14 @@ def test_the_published_rule_has_no_likelihood():
     config = SamplingConfig(order="drawn_confidence", steps=toy.T, temperature=1.0)
     likelihood = sampling.score(toy.TablePredictor(), toy.all_strings(), config, toy.MASK)
     assert likelihood is None
-    assert sampling.kind(likelihood) == sampling.bits(likelihood) == sampling.difference(likelihood, None) == "-"
+    assert sampling.kind(likelihood) == sampling.nats(likelihood) == sampling.difference(likelihood, None) == "-"
 
 
 def test_differences_are_paired():
     """Two likelihoods that differ by the same amount on every window: the interval of the difference is 0."""
     config = SamplingConfig(order="left", steps=toy.T, temperature=1.0)
     a = sampling.score(toy.TablePredictor(), toy.all_strings(), config, toy.MASK)
-    b = type(a).from_token_nats([a.token_nats - math.log(2) / 2])
+    b = type(a).from_token_nats([a.token_nats - 0.5])
     assert sampling.difference(a, b) == "+0.500 +- 0.000"
     assert sampling.difference(a, a) == "-"
 
@@ -131,26 +131,31 @@ def trained(tmp_path, corpus_file, monkeypatch):
     return tmp_path
 
 
-def save_tiny(path, name: str, corpus_file, val_fraction: float) -> None:
+def save_tiny(path, name: str, corpus_file, val_fraction: float, parallel: int = 1) -> None:
     corpus = load_corpus(str(corpus_file))
-    config = ModelConfig(corpus.tokenizer.vocab_size, 16, n_embd=16, n_head=2, n_layer=1, ngram_rows=101)
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "ngram_rows": 101, "parallel": parallel}
+    config = ModelConfig(corpus.tokenizer.vocab_size, 16, **sizes)
     about = {"name": corpus.name, "sha256": corpus.sha256, "val_fraction": val_fraction}
     torch.manual_seed(0)
     save_checkpoint(path, Checkpoint(MODELS[name](config), corpus.tokenizer, about))
 
 
-def test_each_row_says_what_its_figure_is(trained):
-    heading, *rows = sampling.compare_samplers(trained, 4, lengths=(16, 32))
+def test_each_row_says_what_its_figure_is(trained, corpus_file):
+    save_tiny(trained / "streams" / "gpt" / "best.pt", "gpt", corpus_file, val_fraction=0.2, parallel=4)
+    picture = trained / "frontier.png"
+    heading, *rows = sampling.compare_samplers(trained, 4, (16, 32), [trained / "streams"], picture)
+    assert picture.stat().st_size > 10_000
     rows = [dict(zip(heading, row, strict=True)) for row in rows]
     assert {row["T"] for row in rows} == {"16"}  # the context: 32 is cut to it
-    assert [row["sampler"] for row in rows] == [*sampling.samplers(16), "GPT, cached"]
+    assert [row["sampler"] for row in rows] == [*sampling.samplers(16), "GPT, cached", "GPT, 4 streams"]
     for row in rows:
         order = row["sampler"].split(",")[0]
         assert row["kind"] == {"random": "upper bound", "drawn_confidence": "-"}.get(order, "exact")
-        assert (row["bits/char"] == "-") == (order == "drawn_confidence")
+        assert (row["nats/char"] == "-") == (order == "drawn_confidence")
     by_name = {row["sampler"]: row for row in rows}
     assert by_name["left, 1 a step"]["NFE"] == by_name["GPT, cached"]["NFE"] == "16.0"
     assert by_name["sweep, 8 a step"]["NFE"] == "2.0"
+    assert by_name["GPT, 4 streams"]["NFE"] == "4.0"
     assert by_name["left, 1 a step"]["minus left, 1 a step (exact)"] == "-"
     assert by_name["left, 1 a step"]["minus random, 1 a step (upper bound)"] != "-"
 
