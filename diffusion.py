@@ -7,7 +7,8 @@ Letters: B batch, T positions, V vocabulary, N masked positions; t is the maskin
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from likelihood import Likelihood, Predict, conditional_bound, likelihood_bound
 from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID
 
 MIN_T = 1e-3  # t is drawn from [MIN_T, 1], so that 1/t stays finite
+SWEEP_STEPS = 16  # of the default sampler's sweep, unmasking.STRIDE
+SWEEP_DECAY = 0.7  # what a position counts in the loss of a sweep, for each step that it is ahead
 T_POWER = 2.0  # training draws t = u^2: lightly masked windows have the noisiest losses, so they are drawn more often
 
 
@@ -75,12 +78,36 @@ def compute_llada_loss(
     sampling). With `units` (B,), the sum is divided by their sum and not by B T: with each row's characters of text,
     the loss is in nats/character.
     """
+    t = torch.as_tensor(t, dtype=logits.dtype, device=targets.device).expand(len(targets))  # (B,)
+    weights = (1 / (t * density))[:, None].expand_as(mask)
+    return masked_cross_entropy(logits, targets, mask, weights) / (mask.numel() if units is None else units.sum())
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """The sum of weights (B, T) times cross-entropy, in nats, over the masked positions. Logits: see above."""
     if logits.dim() == 3:
         logits = logits[mask]
     losses = F.cross_entropy(logits, targets[mask], reduction="none")  # (N,)
-    t = torch.as_tensor(t, dtype=losses.dtype, device=losses.device).expand(len(targets))  # (B,)
-    weights = (1 / (t * density))[:, None].expand_as(mask)[mask]  # (N,)
-    return (losses * weights).sum() / (mask.numel() if units is None else units.sum())
+    return (losses * weights[mask]).sum()
+
+
+def sweep_masks(
+    may_mask: Tensor, generator: torch.Generator | None = None, steps: int = SWEEP_STEPS, decay: float = SWEEP_DECAY
+) -> tuple[Tensor, Tensor]:
+    """What the sweep's network evaluations see: masks (B, T) as at a random step k of it, and weights for the loss.
+
+    may_mask (B, T): what is to be written. The sweep reveals positions k, k + steps, k + 2 steps, ... of these at step
+    k; here it begins anywhere, so that all positions are alike. A position that is revealed next has weight 1, one that
+    is revealed d steps later decay^d. Weights are scaled to the row's number of positions: a row's loss is then one in
+    nats/token. With decay 0 its mean over k is the exact negative log-likelihood of such a sweep.
+    """
+    B = len(may_mask)
+    k = ((torch.randperm(B, generator=generator) + torch.rand(1, generator=generator)) / B * steps).long()  # stratified
+    first = torch.randint(steps, (B, 1), generator=generator)
+    ahead = (may_mask.cumsum(1) - 1 + first) % steps - k[:, None]  # in how many steps it is revealed; < 0: it was
+    mask = may_mask & (ahead >= 0)
+    weights = decay ** ahead.clamp(min=0).float() * mask
+    return mask, weights * (may_mask.sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1e-9))
 
 
 # ------------------------------------------------------------------------------------------------- segments and pairs
@@ -112,32 +139,44 @@ class MaskedBatch(NamedTuple):
     inputs: Tensor  # (B, T) with [MASK]s
     targets: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool
-    t: Tensor  # (B,)
+    weights: Tensor  # (B, T) of the masked positions' cross-entropies
     units: Tensor  # (B,) the mean number of characters in a row of the whole batch: its parts weigh alike
 
 
+@dataclass(frozen=True)
 class DiffusionObjective:
-    """LLaDA's side of what differs between the two objectives."""
+    """LLaDA's side of what differs between the two objectives.
 
-    is_bound = True  # losses and likelihoods are upper bounds
+    sweep_share: the share of rows that are masked in training as the default sampler meets them, and not at random.
+    """
+
+    sweep_share: float = 0.0
+    is_bound: ClassVar[bool] = True  # losses and likelihoods are upper bounds
 
     def make_batch(self, rows: Rows, generator: torch.Generator, is_training: bool = False) -> MaskedBatch:
-        """Rows -> a batch, each row masked at a random level. What is given is never masked."""
+        """Rows -> a batch, each row masked at a random level, or as at a step of the sweep. What is given never is.
+
+        Not in training there are no sweeps: the loss is LLaDA's.
+        """
         targets, may_mask = full_context(rows)
-        t = sample_t(len(targets), generator, power=T_POWER)
-        _, mask = forward_process(targets, t, MASK_ID, generator)
+        n = round(self.sweep_share * len(targets)) if is_training else 0
+        t = sample_t(len(targets) - n, generator, power=T_POWER)
+        _, mask = forward_process(targets[n:], t, MASK_ID, generator)
+        weights = (1 / (t * density_of_t(t, T_POWER)))[:, None].expand_as(mask)
+        if n:
+            sweeps, sweep_weights = sweep_masks(may_mask[:n], generator)
+            mask, weights = torch.cat([sweeps, mask]), torch.cat([sweep_weights, weights])
         mask &= may_mask
         units = rows.characters.float().mean().expand(len(targets))
-        return MaskedBatch(targets.masked_fill(mask, MASK_ID), targets, mask, t, units)
+        return MaskedBatch(targets.masked_fill(mask, MASK_ID), targets, mask, weights, units)
 
     def predict(self, model: Callable[..., Tensor], batch: MaskedBatch) -> Tensor:
         """Logits (N, V) of the masked positions alone: the model's last MLP and head skip the others."""
         return model(batch.inputs, at=batch.mask)
 
     def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
-        """nats/character, an upper bound in expectation."""
-        density = density_of_t(batch.t, T_POWER)
-        return compute_llada_loss(logits, batch.targets, batch.mask, batch.t, density, batch.units)
+        """nats/character; without sweeps an upper bound in expectation."""
+        return masked_cross_entropy(logits, batch.targets, batch.mask, batch.weights) / batch.units.sum()
 
     def likelihood(
         self, predict: Predict, batches: list[Rows], *, pairs: int = 8, batch_size: int = 128, seed: int = 0

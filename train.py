@@ -193,6 +193,8 @@ def add_optimization_flags(parser: Parser) -> None:
     add("--weight-decay", type=number(float, low=0, high=1e6), metavar="R", help="of the blocks' matrices")
     calibration = "share of the training text to hold out, on which a temperature is fitted at the end"
     add("--calibration", type=number(float, low=0, below=1), metavar="P", help=calibration)
+    sweep_share = "LLaDA: share of the rows that are masked as the default sampler meets them, not at random"
+    add("--sweep-share", type=number(float, low=0, below=1), metavar="P", help=sweep_share)
     short_share = "share of the run in which windows are cut in half"
     add("--short-share", type=number(float, low=0, high=1), metavar="P", help=short_share)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")

@@ -83,6 +83,7 @@ class TrainConfig:
     lr: float = 0.006  # AdamW's peak; those of Muon and of the embeddings are proportional to it
     ngram_lr: float = 0.15  # the n-gram tables' peak, per token: a row moves by this times each token's gradient
     weight_decay: float = 0.0  # of the blocks' matrices
+    sweep_share: float = 0.0  # LLaDA: share of a batch that is masked as the default sampler meets it
     short_share: float = 0.0  # for this share of the run windows are cut into SHORT_PARTS: attention costs less
     calibration: float = 0.0  # share of the training text that is held out to fit a temperature on at the end
     # Length: either a number of steps or minutes of time.
@@ -100,6 +101,9 @@ class TrainConfig:
         check_number("val_fraction", self.val_fraction, above=0, below=1)
         check_number("calibration", self.calibration, low=0, below=1)
         check_number("short_share", self.short_share, low=0, high=1)
+        check_number("sweep_share", self.sweep_share, low=0, below=1)
+        if self.sweep_share and self.model == "gpt":
+            raise ArgumentError("sweep_share", "is for --model llada: GPT masks nothing")
         for name in ("weight_decay", "seed"):
             check_number(name, getattr(self, name), low=0)
         for name in ("batch_size", "accumulate", "lr", "ngram_lr", "steps", "minutes", "eval_every"):
@@ -167,9 +171,9 @@ def load_training_corpus(config: TrainConfig, base: Checkpoint | None = None) ->
     return load_corpus(config.data, None if known_by_characters else make_tokenizer)
 
 
-def objective_for(model: Transformer) -> DiffusionObjective | CausalObjective:
+def objective_for(model: Transformer, sweep_share: float = 0.0) -> DiffusionObjective | CausalObjective:
     """What a model is trained for and scored by."""
-    return CausalObjective(model.config.parallel) if model.causal else DiffusionObjective()
+    return CausalObjective(model.config.parallel) if model.causal else DiffusionObjective(sweep_share)
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -209,7 +213,7 @@ class Trainer:
         self._check_memory(network)
         model = MODELS[config.model](network) if base is None else adapt(base.model, network, self.generator)
         self.model = model.to(processes.device)
-        self.objective = objective_for(model)
+        self.objective = objective_for(model, config.sweep_share)
         for module in self.model.modules():
             if isinstance(module, nn.EmbeddingBag):  # a step touches few rows, but GPUs and compilers need dense rows
                 module.sparse = processes.device.type == "cpu" and not config.compile

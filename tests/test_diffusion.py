@@ -7,7 +7,19 @@ import pytest
 import torch
 from toy import MASK, T, TablePredictor, V, all_masks, all_strings, cross_entropies
 
-from diffusion import MIN_T, compute_llada_loss, forward_process, sample_t
+from data import Rows
+from diffusion import (
+    MIN_T,
+    SWEEP_STEPS,
+    DiffusionObjective,
+    compute_llada_loss,
+    forward_process,
+    sample_t,
+    sweep_masks,
+)
+from likelihood import policy_likelihood
+from sampler import reverse_process
+from unmasking import STRIDE, UnmaskingPolicy
 
 
 def chain_rule_bound(predict, x) -> float:
@@ -118,3 +130,46 @@ def test_sample_t_is_stratified_and_uniform():
 def test_forward_process_rejects_what_is_no_probability(t):
     with pytest.raises(ValueError, match="t "):
         forward_process(torch.zeros(2, T, dtype=torch.long), t, MASK)
+
+
+# ------------------------------------------------------------------------------------------------- sweeps
+def test_the_loss_of_sweeps_without_decay_is_the_exact_likelihood_of_the_sampler():
+    """Mean over the 2 steps k of a sweep that begins at its first position; and of one that begins at its second."""
+    predict, policy = TablePredictor(), UnmaskingPolicy(order="sweep", steps=2)
+    generator = torch.Generator().manual_seed(0)
+    masks, weights = sweep_masks(torch.ones(64, T, dtype=torch.bool), generator, steps=2, decay=0.0)
+    rows = {tuple(mask.tolist()): w for mask, w in zip(masks, weights, strict=True)}
+    odd = (False, True, False, True)
+    assert set(rows) == {(True,) * T, odd, tuple(not m for m in odd)}
+    for x in all_strings()[::5]:
+        exact = policy_likelihood(predict, x[None], policy, MASK)[0].window_nats.item()
+        nats = [cross_entropies(predict, x, torch.tensor([m]))[0] for m in ((True,) * T, odd)]
+        first = [torch.tensor([2.0, 0, 2, 0]), rows[odd]]  # the full mask is at step 0 of both sweeps
+        assert sum(float((w * n).sum()) for w, n in zip(first, nats, strict=True)) / 2 == pytest.approx(exact, abs=1e-6)
+
+
+def test_sweeps_look_as_the_default_sampler_meets_a_text():
+    """After a prompt, with 8 of 16 steps over: the masks are those of reverse_process; weights decay with the turn."""
+    assert SWEEP_STEPS == STRIDE
+    may_mask = torch.arange(100)[None].expand(400, -1) >= 7
+    masks, weights = sweep_masks(may_mask, torch.Generator().manual_seed(0))
+    states = [step.tokens[0] == MASK for step in reverse_process(
+        lambda tokens: torch.zeros(*tokens.shape, 3), torch.where(may_mask[:1], MASK, 0), MASK, order="sweep", steps=16
+    )]  # fmt: skip
+    seen = {mask.numpy().tobytes() for mask in masks}
+    assert len(seen & {state.numpy().tobytes() for state in states[:-1]}) > 8
+    assert not (masks & ~may_mask).any()
+    torch.testing.assert_close(weights.sum(1), torch.full((400,), 93.0))
+    assert (weights[~masks] == 0).all()
+    mask, weight = masks[0], weights[0]
+    ratios = (weight[mask] / weight.max()).log() / math.log(0.7)
+    torch.testing.assert_close(ratios, ratios.round(), atol=1e-3, rtol=0)
+
+
+def test_sweeps_are_a_share_of_the_training_batch_and_of_nothing_else():
+    rows = Rows(torch.randint(4, 9, (8, 64)), torch.full((8,), 64))
+    generator = torch.Generator().manual_seed(0)
+    batch = DiffusionObjective(0.75).make_batch(rows, generator, is_training=True)
+    assert [int(row.unique().numel()) > 2 for row in batch.weights] == [True] * 6 + [False] * 2
+    plain, same = (DiffusionObjective(share).make_batch(rows, torch.Generator().manual_seed(1)) for share in (0.75, 0))
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
