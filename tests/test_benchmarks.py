@@ -181,11 +181,12 @@ def tiny_networks(monkeypatch):
     monkeypatch.setattr(decoding, "compiled_copy", copy.deepcopy)
     monkeypatch.setattr(decoding, "SHORT", 5)
     monkeypatch.setattr(decoding, "LONG", 20)
+    monkeypatch.setattr(decoding, "CONTEXT", 64)
 
 
 def test_decoders_are_compared_on_the_same_number_of_characters(tiny_networks):
     heading, *rows = decoding.compare_decoders(quick=True)
-    assert [row[1] for row in rows] == ["5", "5", "20", "20", "5"]
+    assert [row[1] for row in rows] == ["5", "5", "64", "64", "64", "20", "20", "5"]
     assert all(len(row) == len(heading) for row in rows)
 
 
