@@ -227,28 +227,36 @@ def draw_frontier(rows: list[Measured], path: Path) -> None:
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot as plt
 
-    scored = [row for row in rows if row.likelihood is not None]
-    xs = {f"characters/s, batch {B}": [row.T * B / row.seconds[i] for row in scored] for i, B in enumerate(BATCH_SIZES)}
-    xs[f"network evaluations for {rows[0].T} characters"] = [row.nfe for row in scored]
-    families = list(dict.fromkeys(family(row.name) for row in scored))
+    families: dict[str, list[Measured]] = {}
+    for row in rows:
+        if row.likelihood is not None:
+            families.setdefault(family(row.name), []).append(row)
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(xs), figsize=(11, 4.6), sharey=True)
-        for axes, (label, x) in zip(panels, xs.items(), strict=True):
-            for i, name in enumerate(families):
-                pairs = zip(x, scored, strict=True)
-                mine = [(value, row.likelihood) for value, row in pairs if family(row.name) == name]
-                points = sorted((value, likelihood.nats_per_char) for value, likelihood in mine)
-                is_bound = mine[0][1].is_bound
-                is_gpt = name.startswith("GPT")
-                colour = COLOURS["gpt"] if is_gpt else [COLOURS["llada"], *OTHERS][i % (1 + len(OTHERS))]
-                axes.plot(
-                    *zip(*points, strict=True), marker=MARKERS[i % len(MARKERS)], color=colour, markersize=5,
-                    markerfacecolor="white" if is_bound else colour, linewidth=2 if is_gpt else 1,
-                    label=f"{name} ({'upper bound' if is_bound else 'exact'})",
-                )  # fmt: skip
-            axes.set_xscale("log")
-            axes.set_xlabel(label)
+        figure, panels = plt.subplots(1, len(BATCH_SIZES) + 1, figsize=(11, 4.6), sharey=True)
+        for i, (axes, B) in enumerate(zip(panels, BATCH_SIZES, strict=False)):
+            draw_families(axes, families, [[row.T * B / row.seconds[i] for row in mine] for mine in families.values()])
+            axes.set_xlabel(f"characters/s, {B} at once" if B > 1 else "characters/s, one text")
+        draw_families(panels[-1], families, [[row.nfe for row in mine] for mine in families.values()])
+        panels[-1].set_xlabel(f"network evaluations for {rows[0].T} characters")
         panels[0].set_ylabel("loss (nats/char)")
         add_legend(figure, panels[0], columns=3)
         figure.savefig(path, dpi=90)
         plt.close(figure)
+
+
+def draw_families(axes, families: dict[str, list[Measured]], xs: list[list[float]]) -> None:
+    """A line for each family through its points; GPT's carry their numbers of streams."""
+    for i, ((name, rows), x) in enumerate(zip(families.items(), xs, strict=True)):
+        y, is_gpt, is_bound = [r.likelihood.nats_per_char for r in rows], "GPT" in name, rows[0].likelihood.is_bound
+        colour = COLOURS["gpt"] if is_gpt else (COLOURS["llada"], *OTHERS)[i % (1 + len(OTHERS))]
+        axes.plot(
+            *zip(*sorted(zip(x, y, strict=True)), strict=True), marker=MARKERS[i % len(MARKERS)], color=colour,
+            markersize=5, markerfacecolor="white" if is_bound else colour, linewidth=2 if is_gpt else 1,
+            label=f"{name} ({kind(rows[0].likelihood)})",
+        )  # fmt: skip
+        for row, *point in zip(rows, x, y, strict=True):
+            if is_gpt:
+                streams = row.name.split()[1].replace("cached", "1")
+                axes.annotate(streams, point, (0, -12), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
