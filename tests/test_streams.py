@@ -1,6 +1,7 @@
 """GPT with several streams: its likelihood by enumeration, its cache against recomputation, who may see whom."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -230,6 +231,19 @@ def test_train_and_generate(tmp_path, corpus_file, run_script):
         assert flag[0] in run_script("generate.py", *out, *flag, check=2)[1]
     for mode in (("--top", "3"), ("--beams", "2")):
         assert run_script("generate.py", *out, "--prompt", "1: the", *mode)[0]
+
+
+def test_the_evaluation_scores_streams_as_they_write(tmp_path, corpus_file, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "gpt", "--data", str(corpus_file), "--parallel", "4", *TINY, "--steps", "8"]
+    run_script("train.py", *flags)
+    summary = json.loads((tmp_path / "out/gpt/summary.json").read_text())
+    run_script("evaluate.py", "--quick", "--data", str(corpus_file))
+    metrics = json.loads((tmp_path / "out/report/metrics.json").read_text())
+    assert metrics["models"]["gpt"]["nats_per_char"] == pytest.approx(summary["nats_per_char"], abs=1e-6)
+    assert not metrics["models"]["gpt"]["is_bound"]
+    [nfe] = {row["nfe"] for row in metrics["samples"] if row["model"] == "gpt"}
+    assert nfe < len(metrics["samples"][0]["text"])
 
 
 def test_streams_can_be_added_by_fine_tuning(tmp_path, corpus_file, run_script):
