@@ -229,7 +229,7 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
     else:
         minutes = args.minutes or (args.steps / LAPTOP_STEPS_PER_MINUTE if args.steps else LAPTOP_MINUTES)
         preset = laptop_preset(args.model, minutes)
-    return replace(preset, **({"compile": on_cuda} | settings))
+    return replace(preset, **({"compile": on_cuda and settings.get("parallel", 1) == 1} | settings))
 
 
 def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoint") -> "TrainConfig":

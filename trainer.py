@@ -120,6 +120,8 @@ class TrainConfig:
             raise ArgumentError("lora_rank", "needs a model to adapt: name its checkpoint with --init-from")
         if self.parallel > 1 and self.model == "llada":
             raise ArgumentError("parallel", "is for --model gpt: LLaDA writes in several places anyway")
+        if self.parallel > 1 and self.compile:
+            raise ArgumentError("compile", "does not go with streams, whose prefixes have many lengths: drop it")
         if (self.steps is None) == (self.minutes is None):
             raise ArgumentError("steps", "or minutes must be given, and not both")
         self.model_config(vocab_size=len(SPECIAL_TOKENS) + 1)  # raises for impossible sizes

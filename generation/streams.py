@@ -54,7 +54,7 @@ def write_streams(
     settings that have no effect here, and ValueError for a template with a token behind a mask.
     """
     config = config or DecodingConfig()
-    for name in ("context_len", "slide"):
+    for name in ("context_len", "slide", "use_cache"):
         if getattr(config, name) != getattr(DecodingConfig, name):
             raise ArgumentError(name, f"has no effect on a model with {model.config.parallel} streams: drop it")
     texts = [template.to("cpu", copy=True) for template in templates]

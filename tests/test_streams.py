@@ -197,7 +197,7 @@ def test_such_a_model_also_writes_from_left_to_right():
 
 def test_what_streams_cannot_do_is_refused():
     model = random_gpt()
-    for bad in ({"slide": 2}, {"context_len": 5}):
+    for bad in ({"slide": 2}, {"context_len": 5}, {"use_cache": False}):
         with pytest.raises(ArgumentError, match="has no effect on a model with 3 streams"):
             write_streams(model, [template([4], 3)], DecodingConfig(**bad))
     for text in (template([4], 0), torch.tensor([4, MASK_ID, 5])):
