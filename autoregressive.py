@@ -151,10 +151,10 @@ class CausalObjective:
 class DecodingConfig(LogitsConfig):
     """How `decode` writes: temperature, top_k, top_p and repetition_penalty of LogitsConfig, and the context.
 
-    context_len: tokens the model sees (None: its block_size, or half of it if it has streams). slide: once the text is
-    longer, the window moves on by so many tokens at a time; 1 always shows the last context_len tokens, larger values
-    are faster. use_cache: keep keys and values of earlier tokens; the text is the same without. Raises ValueError for
-    values out of range; `SlidingContext` checks the context against the model.
+    context_len: tokens the model sees (None: the model's block_size). slide: once the text is longer than that, the
+    window moves on by so many tokens at a time; 1 always shows the last context_len tokens, larger values are faster.
+    use_cache: keep keys and values of earlier tokens; the text is the same without. Raises ValueError for values out of
+    range; `SlidingContext` checks the context against the model.
     """
 
     context_len: int | None = None
@@ -232,8 +232,7 @@ class SlidingContext:
         if not model.causal:
             raise ValueError(f"decoding from left to right needs a causal model, and this is {model.name}")
         config = model.config
-        longest = config.block_size if config.parallel == 1 else config.block_size // 2  # that of prefixes
-        self.context_len = longest if context_len is None else context_len
+        self.context_len = config.block_size if context_len is None else context_len
         if not 1 <= self.context_len <= config.block_size:
             raise ArgumentError("context_len", f"must be in 1..{config.block_size} (block_size), got {context_len}")
         if not 1 <= slide <= self.context_len:

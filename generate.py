@@ -114,6 +114,8 @@ def add_gpt_flags(parser: Parser) -> None:
     """What only GPT uses."""
     add = parser.add_argument_group("GPT").add_argument
     add("--context-len", type=POSITIVE_INT, metavar="T", help="characters it sees (default: the model's block_size)")
+    streams = "write in N places at once; 1: from left to right (default: as trained, see train.py --parallel)"
+    add("--streams", type=POSITIVE_INT, metavar="N", help=streams)
     stop = "end after this text, which may be given several times (default: none)"
     add("--stop", action="append", type=valid_text, metavar="TEXT", help=stop)
     add("--compile", action="store_true", default=None, help="two to four times as fast, after half a minute")

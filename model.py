@@ -254,6 +254,16 @@ class Transformer(nn.Module):
         """Where the parameters are."""
         return self.head.weight.device
 
+    def set_streams(self, n: int) -> None:
+        """Write, and be scored, in n streams from now on. GPTs that were trained with streams can do so in any number.
+
+        Raises ArgumentError for another model, and for more streams than half of the context has positions.
+        """
+        if getattr(self.encoder, "border", None) is None:
+            raise ArgumentError("streams", "needs a GPT that was trained with --parallel")
+        check_number("streams", n, low=1, high=self.config.block_size // 2)
+        self.config = replace(self.config, parallel=n)
+
     def new_cache(self, batch_size: int, max_len: int) -> KeyValueCache:
         """An empty key/value cache for batch_size rows of up to max_len positions, on the model's device."""
         config = self.config

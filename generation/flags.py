@@ -39,7 +39,7 @@ def used_flags(mode: str, model: Transformer) -> set[str]:
     if mode == "race":
         shared = {"out", "device", "prompt", "race", "max_out_tokens", "seed", "html", "gif"}
         return shared | {*names(DecodingConfig), *names(SamplingConfig)}
-    used = {"checkpoint", "out", "model", "device", "prompt", mode}
+    used = {"checkpoint", "out", "model", "device", "prompt", mode} | ({"streams"} if model.causal else set())
     if mode == "top":
         return used | {"context_len" if model.causal else "infill"}
     used |= {"max_out_tokens"} | ({"compile"} if model.causal else set())

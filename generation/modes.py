@@ -106,6 +106,8 @@ def load(args: Namespace, name: str | None) -> GeneratorTransformer:
     say(f"{path}: {kind}, step {checkpoint.step}")
     if args.model not in (None, kind):
         raise ArgumentError("model", f"{args.model}: {path} holds a {kind} model")
+    if args.streams is not None and checkpoint.model.causal:
+        checkpoint.model.set_streams(args.streams)
     return GeneratorTransformer(checkpoint.model, checkpoint.tokenizer)
 
 

@@ -188,11 +188,26 @@ def test_views_and_streaming_follow_streams():
     assert all(cell.candidates and 0 < cell.confidence <= 1 for cell in history.cells[2:])
 
 
-def test_such_a_model_also_writes_from_left_to_right():
-    """Its prefixes are trained as a GPT: beams, tables and `decode` read half of the context."""
-    model, prompt = random_gpt(), torch.tensor([START_ID, *random_tokens(40).tolist()])
-    last = torch.stack(list(decode(model, [prompt], max_out_tokens=3, temperature=0.0)))[0]
-    assert last == model(prompt[None, -12:])[0, -1].argmax()
+def test_such_a_model_writes_in_any_number_of_streams():
+    model, tokens = random_gpt(), random_tokens(2, 24)
+    losses = {}
+    for n in (1, 2, 4, 6):
+        model.set_streams(n)
+        losses[n] = objective_for(model).likelihood(model, [Rows(tokens, torch.full((2,), 24))]).nats_per_char
+        streams = None if n == 1 else Streams(0, 24 // n)
+        assert losses[n] == pytest.approx(exact_nll(model, tokens, START_ID, streams=streams).mean().item(), abs=1e-5)
+    assert len(set(losses.values())) == 4
+    _, steps = written(model, [template([], 24)])
+    assert len(steps) == 4
+    model.set_streams(1)
+    columns = decode(model, [torch.tensor([START_ID, 4, 5])], max_out_tokens=30, temperature=0.0)
+    text = torch.stack(list(columns), 1)[0].tolist()
+    expected = generate_texts(model, TOKENIZER, ["ab"], max_out_tokens=30, temperature=0.0)
+    assert ["ab" + TOKENIZER.decode(text)] == expected
+    with pytest.raises(ArgumentError, match="streams must be at most 12"):
+        model.set_streams(13)
+    with pytest.raises(ArgumentError, match="streams needs a GPT that was trained with --parallel"):
+        random_gpt(parallel=1).set_streams(2)
 
 
 def test_what_streams_cannot_do_is_refused():
@@ -229,7 +244,8 @@ def test_train_and_generate(tmp_path, corpus_file, run_script):
     assert watched == text
     for flag in (("--stop", "x"), ("--slide", "4"), ("--context-len", "4"), ("--compile",)):
         assert flag[0] in run_script("generate.py", *out, *flag, check=2)[1]
-    for mode in (("--top", "3"), ("--beams", "2")):
+    assert "--streams" in run_script("generate.py", *out, "--streams", "9", check=2)[1]
+    for mode in (("--top", "3"), ("--beams", "2"), ("--streams", "1", "--stop", "k"), ("--streams", "2")):
         assert run_script("generate.py", *out, "--prompt", "1: the", *mode)[0]
 
 
