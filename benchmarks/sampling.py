@@ -42,6 +42,7 @@ ADAPTIVE = {
     "confidence, factor 0.5": SamplingConfig(order="confidence", factor=0.5, temperature=1.0),
     "entropy, entropy bound 0.2": SamplingConfig(order="entropy", entropy_bound=0.2, temperature=1.0),
 }
+STREAMS = (1, 2, 4, 8, 16)  # in which the first GPT with streams writes, besides as it was trained
 BOUND_REFERENCE = "random, 1 a step"
 
 
@@ -109,8 +110,10 @@ def write_with_llada(model: LLaDAModel, config: SamplingConfig, T: int, B: int) 
     return float(step.evaluations.double().mean())
 
 
-def write_with_gpt(model: GPT, T: int, B: int) -> float:
+def write_with_gpt(model: GPT, streams: int, T: int, B: int) -> float:
     """Write B texts of T characters from nothing with the cache; the number of network evaluations."""
+    if streams != model.config.parallel:
+        model.set_streams(streams)
     if model.fills_masks:
         return float(sum(1 for _ in write_streams(model, [torch.full((T,), MASK_ID)] * B)))
     return float(sum(1 for _ in decode(model, [torch.tensor([START_ID])] * B, max_out_tokens=T)))
@@ -165,30 +168,31 @@ def compare_samplers(
         draw_frontier(list(rows.values()), picture)
 
 
-def measure(llada: Checkpoint, gpts: dict[str, GPT], T: int, n_windows: int) -> list[Measured]:
+def measure(llada: Checkpoint, gpts: dict[str, tuple[GPT, int]], T: int, n_windows: int) -> list[Measured]:
     """The figures of all samplers and GPTs for texts of T characters."""
     model, predict = llada.model, mask_predictor(llada.model)
     windows, configs = held_out_windows(llada, T, n_windows), samplers(T)
     scores = {name: score(predict, windows, configs[name]) for name in track(configs, f"likelihood, T = {T}")}
-    gpts = {name: gpt for name, gpt in gpts.items() if T <= gpt.config.block_size}
-    for name, gpt in gpts.items():
-        nll = exact_nll(gpt, windows, START_ID, streams=equal_streams(T, gpt.config.parallel))
+    gpts = {name: (gpt, n) for name, (gpt, n) in gpts.items() if 2 * n <= T <= gpt.config.block_size}
+    for name, (gpt, n) in gpts.items():
+        nll = exact_nll(gpt, windows, START_ID, streams=equal_streams(T, n))
         scores[name] = Likelihood.from_token_nats([nll])
     seconds = []  # for each batch size
     for B in BATCH_SIZES:
         writers = {name: partial(write_with_llada, model, config, T, B) for name, config in configs.items()}
-        writers |= {name: partial(write_with_gpt, gpt, T, B) for name, gpt in gpts.items()}
+        writers |= {name: partial(write_with_gpt, gpt, n, T, B) for name, (gpt, n) in gpts.items()}
         write_with_llada(model, SamplingConfig(steps=1), T, B)  # the first calls are slower: not counted
-        for gpt in gpts.values():
-            write_with_gpt(gpt, min(T, 32), B)
+        for gpt, n in gpts.values():
+            write_with_gpt(gpt, n, min(T, 32), B)
         times, nfe = time_writers(writers)
         seconds.append(times)
     return [Measured(T, name, scores[name], nfe[name], [times[name] for times in seconds]) for name in scores]
 
 
-def comparable_gpts(folders: Sequence[str], llada: Checkpoint) -> dict[str, GPT]:
-    """The newest GPT under each folder, but for those that saw LLaDA's held-out text, by their names in the table.
+def comparable_gpts(folders: Sequence[str], llada: Checkpoint) -> dict[str, tuple[GPT, int]]:
+    """The newest GPT under each folder and its number of streams, by the names in the table.
 
+    One that saw LLaDA's held-out text is left out. The first one with streams also writes in other numbers of streams.
     As LLaDA here, they never write [END].
     """
     gpts = {}
@@ -203,7 +207,9 @@ def comparable_gpts(folders: Sequence[str], llada: Checkpoint) -> dict[str, GPT]
             continue
         gpt.model.never[END_ID] = True
         P = gpt.model.config.parallel
-        gpts["GPT, cached" if P == 1 else f"GPT, {P} streams"] = gpt.model
+        if P > 1 and all(n == 1 for _, n in gpts.values()):
+            gpts |= {f"GPT trained in {P}, {n} streams": (gpt.model, n) for n in STREAMS if n != P}
+        gpts["GPT, 1 stream" if P == 1 else f"GPT, {P} streams"] = gpt.model, P
     return gpts
 
 
@@ -211,12 +217,12 @@ def comparable_gpts(folders: Sequence[str], llada: Checkpoint) -> dict[str, GPT]
 def family(name: str) -> str:
     """The samplers that one line of the picture joins.
 
-    >>> family("sweep, 8 a step"), family("confidence, threshold 0.9"), family("GPT, 8 streams")
-    ('sweep order', 'confidence order, adaptive', 'GPT in one stream and in several')
+    >>> family("sweep, 8 a step"), family("confidence, threshold 0.9"), family("GPT trained in 8, 4 streams")
+    ('sweep order', 'confidence order, adaptive', 'GPT trained in 8 streams, written in n')
     """
     order, _, rest = name.partition(", ")
-    if order == "GPT":
-        return "GPT in one stream and in several"
+    if order.startswith("GPT"):
+        return "GPT trained and written in n streams" if order == "GPT" else f"{order} streams, written in n"
     return f"{order} order" + ("" if rest.endswith("a step") else ", adaptive")
 
 
@@ -248,7 +254,8 @@ def draw_families(axes, families: dict[str, list[Measured]], xs: list[list[float
     """A line for each family through its points; GPT's carry their numbers of streams."""
     for i, ((name, rows), x) in enumerate(zip(families.items(), xs, strict=True)):
         y, is_gpt, is_bound = [r.likelihood.nats_per_char for r in rows], "GPT" in name, rows[0].likelihood.is_bound
-        colour = COLOURS["gpt"] if is_gpt else (COLOURS["llada"], *OTHERS)[i % (1 + len(OTHERS))]
+        colours = [COLOURS["llada"], *OTHERS]
+        colour = COLOURS["gpt"] if name.startswith("GPT trained and") else colours[i % len(colours)]
         axes.plot(
             *zip(*sorted(zip(x, y, strict=True)), strict=True), marker=MARKERS[i % len(MARKERS)], color=colour,
             markersize=5, markerfacecolor="white" if is_bound else colour, linewidth=2 if is_gpt else 1,
@@ -256,7 +263,7 @@ def draw_families(axes, families: dict[str, list[Measured]], xs: list[list[float
         )  # fmt: skip
         for row, *point in zip(rows, x, y, strict=True):
             if is_gpt:
-                streams = row.name.split()[1].replace("cached", "1")
+                streams = row.name.split()[-2]
                 axes.annotate(streams, point, (0, -12), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")

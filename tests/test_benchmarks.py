@@ -147,15 +147,17 @@ def test_each_row_says_what_its_figure_is(trained, corpus_file):
     assert picture.stat().st_size > 10_000
     rows = [dict(zip(heading, row, strict=True)) for row in rows]
     assert {row["T"] for row in rows} == {"16"}  # the context: 32 is cut to it
-    assert [row["sampler"] for row in rows] == [*sampling.samplers(16), "GPT, cached", "GPT, 4 streams"]
+    others = [f"GPT trained in 4, {n} streams" for n in (1, 2, 8)]
+    assert [row["sampler"] for row in rows] == [*sampling.samplers(16), "GPT, 1 stream", *others, "GPT, 4 streams"]
     for row in rows:
         order = row["sampler"].split(",")[0]
         assert row["kind"] == {"random": "upper bound", "drawn_confidence": "-"}.get(order, "exact")
         assert (row["nats/char"] == "-") == (order == "drawn_confidence")
     by_name = {row["sampler"]: row for row in rows}
-    assert by_name["left, 1 a step"]["NFE"] == by_name["GPT, cached"]["NFE"] == "16.0"
+    assert by_name["left, 1 a step"]["NFE"] == by_name["GPT, 1 stream"]["NFE"] == "16.0"
     assert by_name["sweep, 8 a step"]["NFE"] == "2.0"
     assert by_name["GPT, 4 streams"]["NFE"] == "4.0"
+    assert by_name["GPT trained in 4, 8 streams"]["NFE"] == "2.0"
     assert by_name["left, 1 a step"]["minus left, 1 a step (exact)"] == "-"
     assert by_name["left, 1 a step"]["minus random, 1 a step (upper bound)"] != "-"
 
