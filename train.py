@@ -129,7 +129,7 @@ def make_parser() -> Parser:
     val_fraction = number(float, above=0, below=1)
     add("--val-fraction", type=val_fraction, metavar="P", help="share of the text to validate on (default: 0.2)")
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--init-from", metavar="CHECKPOINT", help="start from this model, with its network and its tokenizer")
+    add("--init-from", metavar="CHECKPOINT", help="start from this file or run's folder: its network, its tokenizer")
     add("--lora-rank", type=POSITIVE_INT, metavar="R", help="with --init-from: train low-rank adapters alone")
     add_network_flags(parser)
     add_optimization_flags(parser)
@@ -147,7 +147,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
     export = "also write the best weights alone there, in half precision"
     add("--export", type=Path, metavar="FILE", help=export)
-    resume = "continue a run (default: OUT/MODEL/last.pt)"
+    resume = "continue the run of this file or folder (default: OUT/MODEL/last.pt)"
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help=resume)
     add("--seed", type=SEED, metavar="N", help="of weights, windows and masks (default: 0)")
     group = parser.add_argument_group("length, and what is shown")
@@ -283,7 +283,11 @@ def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint") -> dict
 
 def resume_path(args: argparse.Namespace) -> Path | None:
     """The checkpoint that --resume means, by default the run's last.pt; None for a new run."""
-    return None if args.resume is None else Path(args.resume or args.out / args.model / "last.pt")
+    from checkpoint import checkpoint_file
+
+    if args.resume is None:
+        return None
+    return checkpoint_file(args.resume, ("last.pt",)) if args.resume else args.out / args.model / "last.pt"
 
 
 # ------------------------------------------------------------------------------------------------- messages

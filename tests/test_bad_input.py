@@ -103,7 +103,10 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("evaluate --data missing.txt", "--data missing.txt: no such file"),
     ("evaluate --report corpus.txt", "corpus.txt"),
     ("evaluate out/gpt out/gpt", "are both gpt"),
-    ("evaluate out", "no best.pt or last.pt"),
+    ("evaluate out", "out: no best.pt or last.pt in this folder"),
+    ("generate --checkpoint out", "out: no best.pt or last.pt in this folder"),
+    ("train --init-from out", "out: no best.pt or last.pt in this folder"),
+    ("train --resume out", "out: no last.pt in this folder"),
 ]
 FILES = [  # a program's way to read a file, what is in it, and what the line must say besides its name
     *((f"{way} {name}", name) for way in ("generate --checkpoint", "evaluate", "train --resume", "train --init-from")

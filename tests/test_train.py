@@ -342,6 +342,21 @@ def test_a_new_run_moves_the_old_one_aside(run_script, corpus_file, tmp_path, mo
     assert load_checkpoint(tmp_path / "out/llada/last.pt").step == 4
 
 
+def test_a_run_is_resumed_from_and_started_from_a_folder(run_script, corpus_file, tmp_path, monkeypatch):
+    """--resume means its last.pt, --init-from its best.pt."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(corpus_file), *TINY, "--eval-every", "2"]
+    run_script("train.py", *flags, "--steps", "2", "--out", "runs")
+    shutil.copy("runs/llada/best.pt", "step2.pt")
+    run_script("train.py", "--resume", "runs/llada", "--steps", "4", "--out", "runs")
+    shutil.copy("step2.pt", "runs/llada/best.pt")
+    run_script("train.py", "--resume", "runs/llada", "--steps", "6", "--out", "resumed")
+    assert [record["step"] for record in load_checkpoint("resumed/llada/last.pt").history] == [2, 4, 6]
+    run_script("train.py", "--init-from", "runs/llada", "--data", str(corpus_file), "--steps", "1", "--out", "tuned")
+    base = load_checkpoint("tuned/llada/last.pt").training["fine_tuning"]["base"]
+    assert base["path"] == str(tmp_path / "runs/llada/best.pt")
+
+
 def test_minutes_follow_the_clock(corpus_file):
     """Each reading of this clock is one second later. The run ends in time, and its learning rate falls with time."""
     seconds = itertools.count()
