@@ -139,7 +139,7 @@ def make_parser() -> Parser:
 def add_run_flags(parser: Parser) -> None:
     """What is trained, where, for how long, and what it says meanwhile."""
     add = parser.add_argument_group("run").add_argument
-    add("--model", choices=MODELS, default="llada", help="what to train (default: llada)")
+    add("--model", choices=MODELS, help="what to train (default: that of a named checkpoint, else llada)")
     preset = "sizes and length of the run (default: gpu on CUDA, else laptop; pretrained: of the models in pretrained/)"
     add("--preset", choices=("laptop", "gpu", "pretrained"), help=preset)
     add("--device", help="cpu, cuda, mps (default: the best one available)")
@@ -196,6 +196,11 @@ def add_optimization_flags(parser: Parser) -> None:
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
 
 
+def chosen_model(args: argparse.Namespace, named: "Checkpoint | None" = None) -> str:
+    """What --model says, else the model of the checkpoint that --init-from names, else llada."""
+    return args.model or (named.model.name if named else MODELS[0])
+
+
 def given_settings(args: argparse.Namespace) -> dict:
     """The fields of TrainConfig that the flags set."""
     settings = {name: value for name, value in vars(args).items() if value is not None and name not in NO_SETTINGS}
@@ -206,7 +211,7 @@ def given_settings(args: argparse.Namespace) -> dict:
 
 def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None" = None) -> "TrainConfig":
     """The preset with the flags that were given. Raises ArgumentError if they do not fit together."""
-    settings = given_settings(args)
+    settings = given_settings(args) | {"model": chosen_model(args, base)}
     for name in ("ngram_dropout", "ngram_rows", "ngram_lr"):
         if args.arch == "vanilla" and name in settings:
             raise ValueError(f"--{name.replace('_', '-')}: the vanilla network has no n-gram tables; drop it")
@@ -218,13 +223,14 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
         settings["segments"] = "pairs"
     if base is not None:
         return fine_tuning_config(args, settings, base)
+    model = settings["model"]
     if args.preset == "pretrained":
-        preset = pretrained_preset(args.model)
+        preset = pretrained_preset(model)
     elif args.preset == "gpu" or (args.preset is None and on_cuda):
-        preset = gpu_preset(args.model)
+        preset = gpu_preset(model)
     else:
         minutes = args.minutes or (args.steps / LAPTOP_STEPS_PER_MINUTE if args.steps else LAPTOP_MINUTES)
-        preset = laptop_preset(args.model, minutes)
+        preset = laptop_preset(model, minutes)
     return replace(preset, **({"compile": on_cuda} | settings))
 
 
@@ -234,11 +240,11 @@ def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoi
     for name in (*NETWORK, "tokenizer", "preset"):
         if getattr(args, name) is not None:
             raise ArgumentError(name, f"comes with the model of {args.init_from}: drop it")
-    if base.model.name != args.model:
+    if base.model.name != settings["model"]:
         raise ArgumentError("model", f"{args.model}: {args.init_from} holds a {base.model.name} model")
     if args.block_size and args.block_size > network.block_size:
         raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
-    preset = fine_tuning_preset(args.model)
+    preset = fine_tuning_preset(settings["model"])
     kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout")}
     if network.segments != "pairs":
         kept["segments"] = network.segments
@@ -270,8 +276,6 @@ def start_run(args: argparse.Namespace, processes: "Processes", start: float) ->
 def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint") -> dict:
     """The flags that change a run that is resumed. Raises ArgumentError for one that contradicts it."""
     settings, config = given_settings(args), checkpoint.training.get("config", {})
-    if settings["model"] == MODELS[0]:  # the default: perhaps not given
-        del settings["model"]
     if args.preset:
         raise ArgumentError("preset", "has no effect when resuming: drop it")
     for name, value in settings.items():
@@ -287,7 +291,7 @@ def resume_path(args: argparse.Namespace) -> Path | None:
 
     if args.resume is None:
         return None
-    return checkpoint_file(args.resume, ("last.pt",)) if args.resume else args.out / args.model / "last.pt"
+    return checkpoint_file(args.resume, ("last.pt",)) if args.resume else args.out / chosen_model(args) / "last.pt"
 
 
 # ------------------------------------------------------------------------------------------------- messages

@@ -123,6 +123,8 @@ FILES = [  # a program's way to read a file, what is in it, and what the line mu
     ("train --resume --n-layer 2", "--n-layer 2: the run in out/llada/last.pt has 1, which cannot change"),
     ("train --resume --preset gpu", "--preset has no effect when resuming"),
     ("train --resume out/llada/last.pt --model gpt", "--model gpt: the run in out/llada/last.pt has llada"),
+    ("train --resume out/gpt/last.pt --model llada", "--model llada: the run in out/gpt/last.pt has gpt"),
+    ("train --resume out/gpt --model llada", "--model llada: the run in out/gpt/last.pt has gpt"),
     ("train --resume --data other.txt", "is not the text the model was trained on"),
     ("train --resume --out nowhere", "nowhere/llada/last.pt: no such checkpoint"),
     ("train --model llada --init-from out/gpt/last.pt", "--model llada: out/gpt/last.pt holds a gpt model"),

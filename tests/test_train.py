@@ -357,6 +357,19 @@ def test_a_run_is_resumed_from_and_started_from_a_folder(run_script, corpus_file
     assert base["path"] == str(tmp_path / "runs/llada/best.pt")
 
 
+def test_without_a_flag_the_model_is_that_of_the_named_checkpoint(run_script, corpus_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(corpus_file), *TINY]
+    for model in ("llada", "gpt"):
+        run_script("train.py", *flags, "--model", model, "--steps", "1")
+    for named in ("out/gpt/last.pt", "out/gpt"):
+        run_script("train.py", "--resume", named, "--steps", "2", "--out", "resumed")
+        run_script("train.py", "--init-from", named, "--data", str(corpus_file), "--steps", "1", "--out", "tuned")
+    assert {path.parent.name for path in tmp_path.glob("[rt]*ed/*/last.pt")} == {"gpt", "gpt.1"}
+    run_script("train.py", "--resume", "--steps", "2")  # without a name: OUT/llada
+    assert [load_checkpoint(f"out/{model}").step for model in ("llada", "gpt")] == [2, 1]
+
+
 def test_minutes_follow_the_clock(corpus_file):
     """Each reading of this clock is one second later. The run ends in time, and its learning rate falls with time."""
     seconds = itertools.count()
