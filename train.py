@@ -17,7 +17,6 @@ from utils.console import (
     deferred_interrupt,
     immediate_interrupt,
     number,
-    printable,
     progress,
     run_program,
     say,
@@ -334,7 +333,7 @@ def say_sample(trainer: "Trainer") -> None:
     with torch.compiler.set_stance("force_eager") if trainer.config.compile else nullcontext():
         text = generate_text(model, tokenizer, prompt, max_out_tokens=SAMPLE_CHARACTERS)
     model.train()
-    say(f"    {printable(text.removeprefix(prompt)).replace(chr(10), '↵')}")
+    say(f"    {text.removeprefix(prompt)}".replace("\n", "↵"))
 
 
 def beginning_of_a_line(trainer: "Trainer") -> str:
