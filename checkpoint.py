@@ -28,6 +28,7 @@ ENTRIES = {  # of the dictionary in a file, and their types
     **{"format": int, "name": str, "config": dict, "base": dict | None, "model": dict, "tokenizer": dict},
     **{"corpus": dict, "step": int, "history": list, "training": dict},
 }
+RUN_FILES = ("best.pt", "last.pt")  # of a run's folder, which stands for the first of them that it holds
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the project: NAME.pt
 
 
@@ -120,12 +121,12 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read what `save_checkpoint` wrote; the model is on `device`, in eval mode.
+    """Read what `save_checkpoint` wrote; the model is on `device`, in eval mode. path: as of `checkpoint_file`.
 
     Raises ValueError that names the file if it is missing, damaged or no checkpoint of this project, and ArgumentError
     for a device that this machine does not have.
     """
-    device, path = pick_device(str(device)), Path(path)
+    device, path = pick_device(str(device)), checkpoint_file(path)
     state = read_state(path)
     base = merged_base(path, state["base"]) if state["base"] else None
     try:
@@ -146,6 +147,18 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         training=state["training"],
         path=path,
     )
+
+
+def checkpoint_file(path: str | Path, names: tuple[str, ...] = RUN_FILES) -> Path:
+    """A file as it is; of a run's folder the first of the files `names` that it holds.
+
+    Raises ValueError for a folder that holds none of them.
+    """
+    path = Path(path)
+    files = [path / name for name in names if (path / name).is_file()]
+    if path.is_dir() and not files:
+        raise ValueError(f"{path}: no {' or '.join(names)} in this folder: name the folder of a run, such as out/llada")
+    return files[0] if files else path
 
 
 def read_state(path: Path) -> dict:
@@ -196,7 +209,7 @@ def find_checkpoints(out: str | Path = "out") -> list[Path]:
     """The checkpoints of the runs under `out`, newest run first: best.pt of each, or last.pt if there is no best."""
     found = []
     for name in MODELS:
-        candidates = [Path(out) / name / file for file in ("best.pt", "last.pt")]
+        candidates = [Path(out) / name / file for file in RUN_FILES]
         existing = [path for path in candidates if path.is_file()]
         if existing:
             found.append((max(path.stat().st_mtime_ns for path in existing), existing[0]))

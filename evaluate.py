@@ -96,11 +96,10 @@ def main() -> None:
         from evaluation.report import write_json, write_report
         from evaluation.settings import FULL, QUICK
         from evaluation.suite import Evaluation, load_same_corpus, select_checkpoints
-        from generation.flags import checkpoint_file
         from utils.devices import pick_device
 
     with parser.naming_flags():
-        paths = [checkpoint_file(path) for path in args.checkpoints] or find_checkpoints(args.out)
+        paths = args.checkpoints or find_checkpoints(args.out)
         paths = paths or pretrained_checkpoints()
         if not paths:
             raise ValueError(f"no checkpoint under {args.out}/: train one with `python train.py`, or name its file")

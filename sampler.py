@@ -115,6 +115,11 @@ class SamplingConfig(UnmaskingPolicy, LogitsConfig):
             check_number("slide", self.slide, low=1)
 
     @property
+    def acts_at_every_step(self) -> bool:
+        """As in `UnmaskingPolicy`; remasking may act at any step."""
+        return self.remask is not None or super().acts_at_every_step
+
+    @property
     def has_exact_likelihood(self) -> bool:
         """Whether `policy_likelihood` is the exact likelihood of this sampler: it draws from the network's own p."""
         plain = (self.temperature, self.top_k, self.top_p, self.repetition_penalty) == (1, None, None, 1)

@@ -17,7 +17,6 @@ from utils.console import (
     deferred_interrupt,
     immediate_interrupt,
     number,
-    printable,
     progress,
     run_program,
     say,
@@ -129,7 +128,7 @@ def make_parser() -> Parser:
     val_fraction = number(float, above=0, below=1)
     add("--val-fraction", type=val_fraction, metavar="P", help="share of the text to validate on (default: 0.2)")
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--init-from", metavar="CHECKPOINT", help="start from this model, with its network and its tokenizer")
+    add("--init-from", metavar="CHECKPOINT", help="start from this file or run's folder: its network, its tokenizer")
     add("--lora-rank", type=POSITIVE_INT, metavar="R", help="with --init-from: train low-rank adapters alone")
     add_network_flags(parser)
     add_optimization_flags(parser)
@@ -139,7 +138,7 @@ def make_parser() -> Parser:
 def add_run_flags(parser: Parser) -> None:
     """What is trained, where, for how long, and what it says meanwhile."""
     add = parser.add_argument_group("run").add_argument
-    add("--model", choices=MODELS, default="llada", help="what to train (default: llada)")
+    add("--model", choices=MODELS, help="what to train (default: that of a named checkpoint, else llada)")
     preset = "sizes and length of the run (default: gpu on CUDA, else laptop; pretrained: of the models in pretrained/)"
     add("--preset", choices=("laptop", "gpu", "pretrained"), help=preset)
     add("--device", help="cpu, cuda, mps (default: the best one available)")
@@ -147,7 +146,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help=out)
     export = "also write the best weights alone there, in half precision"
     add("--export", type=Path, metavar="FILE", help=export)
-    resume = "continue a run (default: OUT/MODEL/last.pt)"
+    resume = "continue the run of this file or folder (default: OUT/MODEL/last.pt)"
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help=resume)
     add("--seed", type=SEED, metavar="N", help="of weights, windows and masks (default: 0)")
     group = parser.add_argument_group("length, and what is shown")
@@ -200,6 +199,11 @@ def add_optimization_flags(parser: Parser) -> None:
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
 
 
+def chosen_model(args: argparse.Namespace, named: "Checkpoint | None" = None) -> str:
+    """What --model says, else the model of the checkpoint that --init-from names, else llada."""
+    return args.model or (named.model.name if named else MODELS[0])
+
+
 def given_settings(args: argparse.Namespace) -> dict:
     """The fields of TrainConfig that the flags set."""
     settings = {name: value for name, value in vars(args).items() if value is not None and name not in NO_SETTINGS}
@@ -210,7 +214,7 @@ def given_settings(args: argparse.Namespace) -> dict:
 
 def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None" = None) -> "TrainConfig":
     """The preset with the flags that were given. Raises ArgumentError if they do not fit together."""
-    settings = given_settings(args)
+    settings = given_settings(args) | {"model": chosen_model(args, base)}
     for name in ("ngram_dropout", "ngram_rows", "ngram_lr"):
         if args.arch == "vanilla" and name in settings:
             raise ValueError(f"--{name.replace('_', '-')}: the vanilla network has no n-gram tables; drop it")
@@ -222,13 +226,14 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
         settings["segments"] = "pairs"
     if base is not None:
         return fine_tuning_config(args, settings, base)
+    model = settings["model"]
     if args.preset == "pretrained":
-        preset = pretrained_preset(args.model)
+        preset = pretrained_preset(model)
     elif args.preset == "gpu" or (args.preset is None and on_cuda):
-        preset = gpu_preset(args.model)
+        preset = gpu_preset(model)
     else:
         minutes = args.minutes or (args.steps / LAPTOP_STEPS_PER_MINUTE if args.steps else LAPTOP_MINUTES)
-        preset = laptop_preset(args.model, minutes)
+        preset = laptop_preset(model, minutes)
     return replace(preset, **({"compile": on_cuda and settings.get("parallel", 1) == 1} | settings))
 
 
@@ -238,11 +243,11 @@ def fine_tuning_config(args: argparse.Namespace, settings: dict, base: "Checkpoi
     for name in (*NETWORK, "tokenizer", "preset"):
         if getattr(args, name) is not None:
             raise ArgumentError(name, f"comes with the model of {args.init_from}: drop it")
-    if base.model.name != args.model:
+    if base.model.name != settings["model"]:
         raise ArgumentError("model", f"{args.model}: {args.init_from} holds a {base.model.name} model")
     if args.block_size and args.block_size > network.block_size:
         raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
-    preset = fine_tuning_preset(args.model)
+    preset = fine_tuning_preset(settings["model"])
     kept = {name: getattr(network, name) for name in (*NETWORK, "block_size", "dropout", "ngram_dropout", "parallel")}
     if network.segments != "pairs":
         kept["segments"] = network.segments
@@ -274,8 +279,6 @@ def start_run(args: argparse.Namespace, processes: "Processes", start: float) ->
 def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint") -> dict:
     """The flags that change a run that is resumed. Raises ArgumentError for one that contradicts it."""
     settings, config = given_settings(args), checkpoint.training.get("config", {})
-    if settings["model"] == MODELS[0]:  # the default: perhaps not given
-        del settings["model"]
     if args.preset:
         raise ArgumentError("preset", "has no effect when resuming: drop it")
     for name, value in settings.items():
@@ -287,7 +290,11 @@ def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint") -> dict
 
 def resume_path(args: argparse.Namespace) -> Path | None:
     """The checkpoint that --resume means, by default the run's last.pt; None for a new run."""
-    return None if args.resume is None else Path(args.resume or args.out / args.model / "last.pt")
+    from checkpoint import checkpoint_file
+
+    if args.resume is None:
+        return None
+    return checkpoint_file(args.resume, ("last.pt",)) if args.resume else args.out / chosen_model(args) / "last.pt"
 
 
 # ------------------------------------------------------------------------------------------------- messages
@@ -330,7 +337,7 @@ def say_sample(trainer: "Trainer") -> None:
     with torch.compiler.set_stance("force_eager") if trainer.config.compile else nullcontext():
         text = generate_text(model, tokenizer, prompt, max_out_tokens=SAMPLE_CHARACTERS)
     model.train()
-    say(f"    {printable(text.removeprefix(prompt)).replace(chr(10), '↵')}")
+    say(f"    {text.removeprefix(prompt)}".replace("\n", "↵"))
 
 
 def beginning_of_a_line(trainer: "Trainer") -> str:

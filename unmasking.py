@@ -255,6 +255,11 @@ class UnmaskingPolicy:
         return self.order not in NETWORK_FREE_ORDERS or self.rule is not None
 
     @property
+    def acts_at_every_step(self) -> bool:
+        """Whether something can happen at steps at which the schedule reveals nothing."""
+        return self.schedule == "ancestral"
+
+    @property
     def has_exact_likelihood(self) -> bool:
         """Whether the positions follow from what is visible, so that `policy_likelihood` is exact.
 
@@ -290,7 +295,11 @@ class UnmaskingPolicy:
             return [min(size, STRIDE) if self.order in TURNS else size for size in sizes]
         if self.steps < len(sizes):
             raise ArgumentError("steps", f"must be at least {len(sizes)}, one for each block, got {self.steps}")
-        return uniform_schedule(self.steps, len(sizes))
+        budgets = uniform_schedule(self.steps, len(sizes))
+        if self.acts_at_every_step:
+            return budgets
+        # Each of twice as many steps as positions reveals one at most, with every schedule: more would change nothing.
+        return [min(budget, 2 * size) for budget, size in zip(budgets, sizes, strict=True)]
 
     def _counts_and_turns(self, size: int, steps: int) -> tuple[list[int], Tensor]:
         """How many of a block's `size` positions are revealed at each step, and the turn (size,) of each position."""

@@ -36,6 +36,9 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
 }
 
 
+SECONDS = number(float, low=1, high=10**6)
+
+
 def parse_args() -> argparse.Namespace:
     """NAME and its flags."""
     parser = Parser(prog="python -m benchmarks", description="Measure training, decoding and sampling.")
@@ -46,10 +49,10 @@ def parse_args() -> argparse.Namespace:
         if name in ("training", "budget", "tokens", "finetuning"):
             add("--data", metavar="NAME|FILE", help="as for train.py")
         if name == "budget":
-            add("--seconds", type=number(float, above=0), nargs="+", help="default: 40 165 900, quick: 40")
+            add("--seconds", type=SECONDS, nargs="+", help="default: 40 165 900, quick: 40")
             add("--model", choices=("llada", "gpt"), nargs="+", help="default: both")
         if name == "tokens":
-            add("--seconds", type=number(float, above=0), help="of each training (default: 165, quick: 30)")
+            add("--seconds", type=SECONDS, help="of each training (default: 165, quick: 30)")
         if name == "pairs":
             add("--write", type=Path, metavar="FOLDER", help="only write train.jsonl, heldout.jsonl, facts.txt there")
             add("--seed", type=SEED, metavar="N", help="of the data that --write writes (default: 0)")

@@ -27,12 +27,12 @@ STYLE = {
 
 
 def visible(text: str) -> str:
-    """Text with symbols for blanks.
+    r"""Text with symbols for blanks and codes for control characters, whose symbols the font of pictures lacks.
 
-    >>> visible("to be")
-    'to␣be'
+    >>> visible("to be"), visible("\x1b")
+    ('to␣be', '\\x1b')
     """
-    return "".join(VISIBLE.get(c, c) for c in text)
+    return "".join(VISIBLE.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def draw_pictures(metrics: dict, out: Path) -> None:

@@ -1,10 +1,11 @@
 """The report: metrics.json, and report.md made from it: tables, pictures and one-line captions."""
 
 import json
+import re
 from pathlib import Path
 
 from evaluation.plots import NAMES, draw_pictures, kind, policy_name, visible
-from utils.console import say
+from utils.console import printable, say, symbol
 from utils.files import atomic_write
 
 INTRODUCTION = """\
@@ -52,7 +53,23 @@ def report_text(metrics: dict) -> str:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; every column but the first is aligned to the right."""
     rule = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, rule, *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def code(text: str) -> str:
+    """Text as a span of Markdown code, in which nothing is markup; control characters and newlines are symbols.
+
+    >>> code("<b>"), code("a`b\\r")
+    ('`<b>`', '`` a`b␍ ``')
+    """
+    text = printable(text).replace("\n", symbol(10))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def plain(value: float | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def fixed(value: float | None, digits: int = 2) -> str:
@@ -82,7 +99,7 @@ def introduction(metrics: dict) -> str:
     corpus = metrics["corpus"]
     return INTRODUCTION.format(
         models=" and ".join(NAMES[name] for name in metrics["models"]),
-        text=Path(corpus["name"]).name,
+        text=code(Path(corpus["name"]).name),
         chars=next(iter(metrics["models"].values()))["chars"],
         percent=100 * corpus["val_fraction"],
         characters=corpus["characters"],
@@ -95,7 +112,7 @@ def introduction(metrics: dict) -> str:
 def training(metrics: dict) -> list[str]:
     runs = metrics["training"]
     rows = [
-        ["checkpoint", *(f"`{run['path']}`" for run in runs.values())],
+        ["checkpoint", *(code(run["path"]) for run in runs.values())],
         ["parameters", *(f"{metrics['models'][name]['params']:,}" for name in runs)],
         ["of which looked up", *(f"{metrics['models'][name]['params_looked_up']:,}" for name in runs)],
         ["steps done", *(f"{run['step']:,}" for run in runs.values())],
@@ -105,7 +122,7 @@ def training(metrics: dict) -> list[str]:
     ]
     for name in dict.fromkeys(name for run in runs.values() for name in run["settings"]):
         values = [run["settings"].get(name) for run in runs.values()]
-        rows.append([f"`{name}`", *("-" if value is None else str(value) for value in values)])
+        rows.append([f"`{name}`", *(code(value) if isinstance(value, str) else plain(value) for value in values)])
     caption = "Losses during training are those before temperature scaling; the final loss after it has its own marker."
     return [table(["", *(NAMES[name] for name in runs)], rows), "![Loss curves](loss_curves.png)", caption]
 
@@ -169,10 +186,10 @@ def samples(metrics: dict) -> list[str]:
     blocks = ["Completions, at temperature 1." if pairs else "Continuations of lines of the validation text, at "
               "temperature 1."]  # fmt: skip
     for prompt in dict.fromkeys(row["prompt"] for row in metrics["samples"]):
-        blocks.append(f"**Prompt:** `{visible(prompt)}`")
+        blocks.append(f"**Prompt:** {code(visible(prompt))}")
         for row in metrics["samples"]:
             if row["prompt"] == prompt:
-                body = (row["text"] if pairs else prompt + row["text"]).strip("\n").replace("\n", "\n    ")
+                body = printable(row["text"] if pairs else prompt + row["text"]).strip("\n").replace("\n", "\n    ")
                 blocks.append(f"{NAMES[row['model']]}, {row['sampler']}, NFE {row['nfe']}:\n\n    {body}")
     return blocks
 

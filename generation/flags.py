@@ -8,7 +8,6 @@ import os
 import tempfile
 from argparse import Namespace
 from dataclasses import fields
-from pathlib import Path
 
 from autoregressive import BeamConfig, DecodingConfig
 from generation.infilling import MASK_PATTERN, knows, text_sampling
@@ -115,16 +114,6 @@ def check_writable(args: Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- settings
-def checkpoint_file(path: Path) -> Path:
-    """A file as it is; of a run's folder its best.pt, or last.pt. Raises ArgumentError if it has neither."""
-    if not path.is_dir():
-        return path
-    files = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
-    if not files:
-        raise ArgumentError("checkpoint", f"{path}: no best.pt or last.pt in this folder; --out takes a folder of runs")
-    return files[0]
-
-
 def given(args: Namespace, config_class: type) -> dict:
     """The flags that were given among the fields of a class of settings."""
     values = {name: getattr(args, name, None) for name in names(config_class)}

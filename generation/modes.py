@@ -18,7 +18,6 @@ from generation.chat import chat
 from generation.flags import (
     DEFAULTS,
     check_writable,
-    checkpoint_file,
     decode_utf8,
     is_template,
     make_beam_config,
@@ -100,12 +99,12 @@ def check_memory(args: Namespace, model: Transformer) -> None:
 
 def load(args: Namespace, name: str | None) -> GeneratorTransformer:
     """The model that the flags ask for, of kind `name` if it is given. Raises ValueError if there is none."""
-    path = checkpoint_file(args.checkpoint) if args.checkpoint else newest_checkpoint(args.out or "out", name)
+    path = args.checkpoint or newest_checkpoint(args.out or "out", name)
     checkpoint = load_checkpoint(path, pick_device(args.device))
     kind = checkpoint.model.name
-    say(f"{path}: {kind}, step {checkpoint.step}")
+    say(f"{checkpoint.path}: {kind}, step {checkpoint.step}")
     if args.model not in (None, kind):
-        raise ArgumentError("model", f"{args.model}: {path} holds a {kind} model")
+        raise ArgumentError("model", f"{args.model}: {checkpoint.path} holds a {kind} model")
     if args.streams is not None and checkpoint.model.causal:
         checkpoint.model.set_streams(args.streams)
     return GeneratorTransformer(checkpoint.model, checkpoint.tokenizer)

@@ -3,6 +3,7 @@
 All commands run in this process, on one pair of tiny models.
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 import torch
 from conftest import TINY
 
+import benchmarks.__main__
 import evaluate
 import generate
 import train
 from utils.console import run_program
 from utils.files import seal
 
-PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate}
+PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "benchmarks": benchmarks.__main__}
+NAMES = {name: f"{name}.py" for name in PROGRAMS} | {"benchmarks": "python -m benchmarks"}  # in their messages
 HUGE = "9" * 30
 WORDS = ("x", "nan", "inf", "1e999", "")
 NUMBERS = {  # program and flag -> values that it must refuse
@@ -43,6 +46,13 @@ NUMBERS = {  # program and flag -> values that it must refuse
     **{f"generate {flag}": ("-1", "1.1", *WORDS) for flag in ("--threshold", "--eta")},
     "generate --repetition-penalty": ("0", "-1", *WORDS),
     "generate --length-penalty": ("-11", "11", *WORDS),
+    **{f"benchmarks {flag}": ("0", "-1", HUGE, *WORDS) for flag in ("budget --seconds", "tokens --seconds")},
+    "benchmarks budget --seconds 40": ("0", "-1", HUGE, *WORDS),  # it takes several
+    "benchmarks sampling --windows": ("0", "-1", "1.5", *WORDS),
+    "benchmarks pairs --write tasks --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
+    "evaluate --temperature": ("-1", *WORDS),
+    "generate --pause": ("-1", "61", HUGE, *WORDS),
+    "train --sample-every": ("-1", "1.5", *WORDS),
 }
 SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("train --n-layer 1001", "--n-layer must be at most 1000"),
@@ -104,13 +114,20 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("generate --chat --top 3", "not allowed with"),
     ("generate --order best", "--order"),
     ("generate --top 3 --seed 1", "--seed has no effect with --top"),
+    ("benchmarks pairs --seed 3", "--seed needs --write"),
+    ("benchmarks budget --model bert", "--model"),
+    ("benchmarks speed", "'speed' is not one of"),
+    ("benchmarks sampling --out nowhere", "no checkpoint under nowhere/"),
     ("evaluate --out nowhere", "no checkpoint under nowhere/"),
     ("evaluate --device quantum", "--device quantum"),
     ("evaluate --data other.txt", "is not the text the model was trained on"),
     ("evaluate --data missing.txt", "--data missing.txt: no such file"),
     ("evaluate --report corpus.txt", "corpus.txt"),
     ("evaluate out/gpt out/gpt", "are both gpt"),
-    ("evaluate out", "no best.pt or last.pt"),
+    ("evaluate out", "out: no best.pt or last.pt in this folder"),
+    ("generate --checkpoint out", "out: no best.pt or last.pt in this folder"),
+    ("train --init-from out", "out: no best.pt or last.pt in this folder"),
+    ("train --resume out", "out: no last.pt in this folder"),
 ]
 FILES = [  # a program's way to read a file, what is in it, and what the line must say besides its name
     *((f"{way} {name}", name) for way in ("generate --checkpoint", "evaluate", "train --resume", "train --init-from")
@@ -127,6 +144,8 @@ FILES = [  # a program's way to read a file, what is in it, and what the line mu
     ("train --resume --n-layer 2", "--n-layer 2: the run in out/llada/last.pt has 1, which cannot change"),
     ("train --resume --preset gpu", "--preset has no effect when resuming"),
     ("train --resume out/llada/last.pt --model gpt", "--model gpt: the run in out/llada/last.pt has llada"),
+    ("train --resume out/gpt/last.pt --model llada", "--model llada: the run in out/gpt/last.pt has gpt"),
+    ("train --resume out/gpt --model llada", "--model llada: the run in out/gpt/last.pt has gpt"),
     ("train --resume --data other.txt", "is not the text the model was trained on"),
     ("train --resume --out nowhere", "nowhere/llada/last.pt: no such checkpoint"),
     ("train --model llada --init-from out/gpt/last.pt", "--model llada: out/gpt/last.pt holds a gpt model"),
@@ -135,7 +154,7 @@ FILES = [  # a program's way to read a file, what is in it, and what the line mu
     ("train --init-from out/llada/last.pt --block-size 17", "--block-size must be at most 16"),
 ]
 ROWS = [
-    *((f"{flag} {value}", flag.split()[1]) for flag, values in NUMBERS.items() for value in values),
+    *((f"{flag} {value}", re.findall(r"--[a-z-]+", flag)[-1]) for flag, values in NUMBERS.items() for value in values),
     *SIZES,
     *FILES,
 ]
@@ -194,14 +213,15 @@ def test_the_table_is_long():
 def test_bad_input_gets_one_line(work, monkeypatch, capsys, line, named):
     monkeypatch.chdir(work)
     before, program = contents(work), line.split()[0]
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *words_of(line)])
+    path = "benchmarks/__main__.py" if program == "benchmarks" else f"{program}.py"
+    monkeypatch.setattr(sys, "argv", [path, *words_of(line)])
     with pytest.raises(SystemExit) as stop:
         run_program(PROGRAMS[program].main)
     torch.set_flush_denormal(False)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     *notes, error = err.splitlines()
-    assert error.startswith(f"{program}.py: error: ")
+    assert re.match(rf"{NAMES[program]}( \w+)?: error: ", error)  # a benchmark's flags are known by its name alone
     assert any(part in error for part in named.split("|")), error
     assert all(note.startswith(("llada: ", "gpt: ", "out/")) for note in notes), err  # which model it is about
     assert out == ""

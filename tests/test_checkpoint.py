@@ -9,6 +9,7 @@ import torch
 import checkpoint
 from checkpoint import (
     Checkpoint,
+    checkpoint_file,
     export_weights,
     find_checkpoints,
     load_checkpoint,
@@ -113,8 +114,8 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
     torch.save({"model": {}}, tmp_path / "other.pt")
     torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")  # unpickling it would run code
     seal(tmp_path / "pickle.pt")
-    for name in ("text.pt", "empty.pt", "sealed.pt", "other.pt", "pickle.pt", "missing.pt", ""):
-        with pytest.raises(ValueError, match=name or "no such checkpoint"):
+    for name in ("text.pt", "empty.pt", "sealed.pt", "other.pt", "pickle.pt", "missing.pt"):
+        with pytest.raises(ValueError, match=name):
             load_checkpoint(tmp_path / name)
 
 
@@ -227,6 +228,17 @@ def test_the_newest_run_is_found_by_model(tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path) == tmp_path / "gpt/best.pt"
     assert newest_checkpoint(tmp_path, "llada") == tmp_path / "llada/last.pt"
     assert find_checkpoints(tmp_path) == [tmp_path / "gpt/best.pt", tmp_path / "llada/last.pt"]
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="in this folder"):
+        load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path / "last.pt", small())
+    assert load_checkpoint(tmp_path).path == tmp_path / "last.pt"
+    save_checkpoint(tmp_path / "best.pt", small())
+    assert load_checkpoint(str(tmp_path)).path == tmp_path / "best.pt"
+    assert checkpoint_file(tmp_path, ("last.pt",)) == tmp_path / "last.pt"
+    assert checkpoint_file(tmp_path / "any") == tmp_path / "any"
 
 
 def test_without_a_run_of_a_model_its_pretrained_one_is_taken(tmp_path, monkeypatch):

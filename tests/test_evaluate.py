@@ -184,7 +184,7 @@ def test_one_model_alone_and_few_windows(runs):
         (["--report", "text.txt"], "--report text.txt: cannot write there (text.txt: Not a directory)"),
         (["--report", "text.txt/report"], "--report text.txt/report: cannot write there (text.txt"),
         (["--out", "nowhere"], "no checkpoint under nowhere/"),
-        (["out"], "checkpoint out: no best.pt"),
+        (["out"], "out: no best.pt"),
     ],
 )
 def test_bad_input_is_an_error_of_one_line(runs, refusal, arguments, words):

@@ -585,7 +585,7 @@ def test_help_needs_no_torch(folder, command):
         (["--top", 3, "--length", 4], "--length has no effect with --top"),
         (["--chat", "--prompt", "a"], "--prompt has no effect with --chat"),
         (["--prompt", "a [MASK*5]"], "--prompt is read literally, [MASK*5] too: give the whole text to --infill"),
-        (["--checkpoint", "out"], "--checkpoint out: no best.pt or last.pt in this folder"),
+        (["--checkpoint", "out"], "out: no best.pt or last.pt in this folder"),
         (["--checkpoint", "out/gpt", "--out", "out"], "--out has no effect with --checkpoint"),
         (["--infill", "[MASK]", "--infill-file", "-"], "not allowed with argument --infill"),
         (["--infill-file", "nowhere.txt"], "nowhere.txt: No such file"),

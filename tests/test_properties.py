@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive import CausalObjective
+from autoregressive import BeamConfig, CausalObjective, beam_search
 from data import load_corpus, window_rows
 from diffusion import DiffusionObjective
+from generation.text import generate_texts, prompt_ids
 from model import GPT, LLaDAModel, ModelConfig
 from sampler import REMASKERS, SamplingConfig, reverse_process
 from tokenizer import SPECIAL_TOKENS, SimpleTokenizer
@@ -126,3 +127,49 @@ def test_likelihoods_depend_neither_on_the_batch_size_nor_on_the_number_of_threa
         results.append(objective.likelihood(model, rows, batch_size=batch_size).window_nats)
     for result in results[1:]:
         assert torch.allclose(result, results[0], atol=1e-5 * 16, rtol=0)  # 1e-5 nats a character
+
+
+PROMPTS = ["the king", "a", "is dead", "long live the king and", "alive"]
+SAMPLERS = [
+    (LLaDAModel, {}),
+    (LLaDAModel, {"order": "confidence", "steps": 8}),
+    (GPT, {}),
+    (GPT, {"slide": 8, "top_k": 5}),
+]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model of each kind with random weights, wide enough that two threads share its work; and their tokenizer."""
+    tokenizer, found = SimpleTokenizer("abcdefghijklmnopqrstuvwxyz \n"), {}
+    for model_class in (LLaDAModel, GPT):
+        torch.manual_seed(0)
+        found[model_class] = model_class(ModelConfig(tokenizer.vocab_size, 32, 64, 2, 1, ngram_rows=101)).eval()
+        for p in found[model_class].parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    return found, tokenizer
+
+
+@pytest.mark.parametrize(("model_class", "flags"), SAMPLERS, ids=str)
+def test_samples_depend_neither_on_the_batch_size_nor_on_the_number_of_threads(models, model_class, flags):
+    """Texts longer than the context, one, three and all at a time."""
+    model, tokenizer = models[0][model_class], models[1]
+    results = []
+    for threads, batch_size in ((1, 1), (1, 3), (1, 5), (2, 5)):
+        torch.set_num_threads(threads)
+        batches = [PROMPTS[i : i + batch_size] for i in range(0, len(PROMPTS), batch_size)]
+        settings = {"max_out_tokens": 40, "seed": 3, "temperature": 0.9} | flags
+        results.append([text for batch in batches for text in generate_texts(model, tokenizer, batch, **settings)])
+    assert all(result == results[0] for result in results)
+    assert len({text[-20:] for text in results[0]}) == len(PROMPTS)  # the texts are not all alike
+
+
+def test_beams_do_not_depend_on_the_number_of_threads(models):
+    model, tokenizer = models[0][GPT], models[1]
+    config, results = BeamConfig(num_beams=4, num_return=4), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = [beam_search(model, prompt_ids(model, tokenizer, p), config, max_out_tokens=40) for p in PROMPTS[:2]]
+        results.append([(ids.tolist(), score) for beams in found for ids, score in beams])
+    assert [ids for ids, _ in results[0]] == [ids for ids, _ in results[1]]
+    assert [score for _, score in results[0]] == pytest.approx([score for _, score in results[1]], abs=1e-5)

@@ -492,6 +492,39 @@ def test_strided_and_sweep_write_positions_that_are_far_apart():
             assert step.revealed[0].nonzero()[:, 0].tolist() == list(range(first, 50, 8))
 
 
+MORE_STEPS = [
+    *({"order": order} for order in ("sweep", "strided", "confidence", "random")),
+    *({"order": order, "schedule": "cosine"} for order in ("confidence", "random")),
+    *({"order": order, "block_length": 9} for order in ("sweep", "strided", "random")),
+    {"order": "drawn_confidence", "schedule": "cosine", "block_length": 9},
+    {"order": "sweep", "threshold": 0.3},
+    {"order": "confidence", "factor": 0.9},
+]
+
+
+@pytest.mark.parametrize("flags", MORE_STEPS, ids=str)
+def test_steps_that_reveal_nothing_are_not_planned_and_change_no_text(monkeypatch, flags):
+    tokens = torch.stack([template(21, seed=0), template(21, seed=3)])
+    masked = int((tokens[0] == 1).sum())
+    for steps in (masked - 1, masked, masked + 1, 2 * masked - 1, 2 * masked, 3 * masked + 1, 301):
+        settings = {"temperature": 0.9, **flags, "steps": steps}
+        found = list(project_process(Mixing(0), tokens, **settings))
+        with monkeypatch.context() as patch:
+            patch.setattr(SamplingConfig, "acts_at_every_step", True)
+            assert len(SamplingConfig(**settings).plan(tokens[0] == 1).steps) == steps
+            expected = list(project_process(Mixing(0), tokens, **settings))
+        assert [(step.tokens.tolist(), step.nfe) for step in found] == [
+            (step.tokens.tolist(), step.nfe) for step in expected
+        ]
+    assert len(SamplingConfig(**flags, steps=10**12).plan(tokens[0] == 1).steps) <= 2 * masked
+
+
+@pytest.mark.parametrize("flags", [{"remask": "conf", "order": "confidence"}, {"schedule": "ancestral"}], ids=str)
+def test_where_something_can_happen_at_every_step_all_are_planned(flags):
+    config = SamplingConfig(**({"order": "random"} | flags), steps=301)
+    assert len(config.plan(torch.ones(21, dtype=torch.bool)).steps) == 301
+
+
 def test_steps_are_a_maximum_and_every_block_gets_its_default():
     predict, tokens = Mixing(0), torch.full((1, 48), 1)
     for steps in (3, 4, 7, 16, 100):  # three blocks of 16

@@ -1,6 +1,7 @@
 """The console: text in and out, one-line errors, Ctrl-C, the parser of command lines, progress.
 
-A program's result goes to standard output; everything else goes to standard error.
+A program's result goes to standard output; everything else goes to standard error. Texts are exact in files and pipes.
+On a terminal, and wherever they are quoted (messages, tables, reports), symbols stand for their control characters.
 """
 
 import argparse
@@ -36,8 +37,14 @@ OTHER_NAMES = {  # flags of other programs of the field -> ours
 
 # ------------------------------------------------------------------------------------------------- text in and out
 def say(*words) -> None:
-    """Print to standard error and flush."""
-    print(*words, file=sys.stderr, flush=True)
+    """Print to standard error, `printable`: names of files and quoted texts are anybody's. Flush."""
+    print(printable(" ".join(map(str, words))), file=sys.stderr, flush=True)
+
+
+def fail(program: str, problem: str) -> NoReturn:
+    """Print an error as one line on standard error and exit with code 2."""
+    say(f"{program}: error: {problem}".replace("\n", symbol(10)))
+    sys.exit(2)
 
 
 def write(text: str, end: str = "") -> None:
@@ -104,11 +111,9 @@ def run_program(main: Callable[[], None]) -> None:
         sys.exit(0)
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
-        say(f"{program}: error: {file}{error.strerror or error}")
-        sys.exit(2)
+        fail(program, f"{file}{error.strerror or error}")
     except ValueError as error:
-        say(f"{program}: error: {error}")
-        sys.exit(2)
+        fail(program, str(error))
 
 
 @contextmanager
@@ -188,8 +193,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: error: {message} (see --help)")
-        sys.exit(2)
+        fail(self.prog, f"{message} (see --help)")
 
     @contextmanager
     def naming_flags(self) -> Iterator[None]:
