@@ -419,7 +419,7 @@ def test_every_setting_has_a_flag_and_every_flag_is_a_setting():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], {"n_embd": 96, "block_size": 256, "minutes": 2.75, "steps": None, "ngram_lr": 0.75, "short_share": 0}),
+        ([], {"n_embd": 96, "block_size": 256, "minutes": 2.75, "steps": None, "ngram_lr": 0.75, "sweep_share": 0.75}),
         (["--steps", "300"], {"n_embd": 64, "steps": 300, "minutes": None}),
         (["--minutes", "15"], {"n_embd": 128, "block_size": 512, "minutes": 15, "short_share": 0.6}),
         (["--model", "gpt"], {"n_embd": 96, "ngram_dropout": 0.2, "ngram_lr": 0.15, "short_share": 0}),
