@@ -237,6 +237,8 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
     else:
         minutes = args.minutes or (args.steps / LAPTOP_STEPS_PER_MINUTE if args.steps else LAPTOP_MINUTES)
         preset = laptop_preset(model, minutes)
+        if settings.get("segments", "window") != "window":
+            preset = replace(preset, sweep_share=0.0)  # its worth was measured on running text alone
     return replace(preset, **({"compile": on_cuda and settings.get("parallel", 1) == 1} | settings))
 
 

@@ -28,7 +28,7 @@ QUICK = Sizes(("--n-layer=2", "--n-head=2", "--n-embd=32", "--block-size=64", "-
 
 def train_base(folder: Path, model: str, sizes: Sizes, data: str | None) -> Path:
     """Train a model from scratch; its checkpoint."""
-    flags = (f"--model={model}", f"--steps={sizes.base_steps}", f"--data={data or 'tinyshakespeare'}")
+    flags = (f"--model={model}", *MODELS[model], f"--steps={sizes.base_steps}", f"--data={data or 'tinyshakespeare'}")
     run_train(folder / "base", *flags, *sizes.network)
     return folder / "base" / model / "best.pt"
 

@@ -57,7 +57,8 @@ def compare_tokenizers(quick: bool, data: str | None, seconds: float | None) -> 
             flags = tokenizer_flags(vocab_size, characters)
             with tempfile.TemporaryDirectory() as out:
                 runs = [
-                    run_train(out, f"--model={model}", f"--seed={seed}", *shared, *flags)[0] for seed in range(seeds)
+                    run_train(out, f"--model={model}", f"--seed={seed}", *MODELS[model], *shared, *flags)[0]
+                    for seed in range(seeds)
                 ]
             bits = [run["nats_per_char"] / math.log(2) for run in runs]
             mean, ci95 = mean_and_interval(torch.tensor(bits, dtype=torch.float64))
