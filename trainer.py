@@ -497,10 +497,11 @@ def score_validation(trainer: Trainer) -> Likelihood:
 
 def score_rows(model: Transformer, batches: list[Rows]) -> Likelihood:
     """Exact (GPT) or upper bound (LLaDA) on rows, with a progress display."""
-    objective, (N, T) = objective_for(model), batches[0].tokens.shape
-    evaluations = 2 * pairs_needed(N, T, FINAL_PAIRS) if objective.is_bound else 1  # of a row
+    objective, shapes = objective_for(model), [rows.tokens.shape for rows in batches if rows.tokens.numel()]
+    # A short last window gets as many masks as it has positions, see `pairs_needed`.
+    evaluations = [2 * pairs_needed(N, T, FINAL_PAIRS) if objective.is_bound else 1 for N, T in shapes]  # of a row
     with (
-        progress(evaluations * N * T, "validate") as update,
+        progress(sum(n * N * T for n, (N, T) in zip(evaluations, shapes, strict=True)), "validate") as update,
         EvaluationCounter(model.eval(), update=update),
     ):
         return objective.likelihood(

@@ -22,7 +22,7 @@ from data import load_corpus, validation_rows, window_rows
 from diffusion import DiffusionObjective
 from model import ENCODERS, MODELS
 from tokenizer import MASK_ID, SimpleTokenizer
-from trainer import OPTIMIZERS, TrainConfig, Trainer, objective_for
+from trainer import OPTIMIZERS, TrainConfig, Trainer, objective_for, score_validation
 from utils.console import progress, run_program
 from utils.errors import ArgumentError
 from utils.processes import Processes
@@ -402,6 +402,19 @@ def test_training_learns(run_script, corpus_file, tmp_path):
         rows = validation_rows(val_ids, corpus.tokenizer, 16)
         result = objective_for(checkpoint.model).likelihood(checkpoint.model, rows, pairs=2, seed=0)
         assert result.nats_per_char < 0.6 * unigram
+
+
+@pytest.mark.parametrize("model", ["llada", "gpt"])
+def test_the_progress_of_the_final_score_ends_at_100_percent(corpus_file, model, capsys, monkeypatch):
+    """With a short last window, which LLaDA scores with more masks than the others."""
+    monkeypatch.setattr("utils.console.SECONDS_PER_LINE", 0)
+    trainer = small_trainer(model, corpus_file)
+    score_validation(trainer)
+    shown = [int(line.split()[1]) for line in capsys.readouterr().err.splitlines() if line.startswith("validate: ")]
+    assert len(shown) > 1
+    assert shown == sorted(shown)
+    assert shown[-1] == 100
+    assert len(trainer.val_part) % trainer.config.block_size
 
 
 # ------------------------------------------------------------------------------------------------- settings
