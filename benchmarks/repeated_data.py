@@ -1,0 +1,214 @@
+"""Benchmark of repeated data: both models on a text that is so small that they pass over it many times.
+
+Every run is annealed over its own length. So a model that is stopped early is a shorter run, and not the beginning of a
+longer one. A run is one pair of model and length; each is trained with several seeds.
+"""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Row
+from benchmarks.training import MODELS, run_train
+from data import load_corpus
+from evaluation.likelihoods import mean_and_interval
+from evaluation.plots import COLOURS, NAMES, STYLE, add_legend
+from utils.console import say
+from utils.errors import ArgumentError
+from utils.files import atomic_write, sha256_of
+
+VAL_FRACTION = 0.1  # of the corpus
+CALIBRATION = 0.02  # of the text to train on
+CURVE_POINTS = 25  # validations in a run at most, but for rounding; a run of few epochs is validated after each
+REGULARIZATION = {  # the best that were found
+    "gpt": ("--dropout=0.2", "--ngram-dropout=0.5", "--weight-decay=0.1", "--ngram-lr=0.15"),
+    "llada": ("--dropout=0", "--ngram-dropout=0", "--weight-decay=0", "--ngram-lr=0.75"),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The text to train on, the network, and the lengths of the runs."""
+
+    characters: int = 100_000
+    network: tuple[str, ...] = ("--n-layer=4", "--n-head=2", "--n-embd=64", "--ngram-rows=65521")
+    block_size: int = 256
+    batch_size: int = 8
+    epochs: tuple[tuple[int, ...], tuple[int, ...]] = ((5, 10, 20, 40), (25, 50, 100))  # of GPT, of LLaDA
+    seeds: int = 3
+
+
+FULL = Sizes()
+QUICK = Sizes(4000, ("--n-layer=1", "--n-head=2", "--n-embd=16", "--ngram-rows=101"), 64, 8, ((1, 4), (4,)), 1)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training left: the records of its validations (nats/char of a sample of the validation part), its end."""
+
+    history: list[dict]
+    summary: dict
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """(epochs, loss before calibration) of each validation."""
+        epochs_per_token = self.summary["epochs"] / self.summary["tokens"]
+        return [(record["tokens"] * epochs_per_token, record["val_loss"]) for record in self.history]
+
+
+Runs = dict[tuple[str, int], list[Training]]  # (model, epochs) -> its trainings, one for each seed
+
+
+# ------------------------------------------------------------------------------------------------- trainings
+def write_text(path: Path, data: str | None, characters: int) -> float:
+    """Write the first `characters` of the corpus, then its validation part; the share of the latter in the file."""
+    corpus = load_corpus(data)
+    train, val = (corpus.tokenizer.decode(part.numpy()) for part in corpus.split(VAL_FRACTION))
+    if len(train) < characters:
+        raise ArgumentError("data", f"{corpus.name} has {len(train)} characters to train on: at least {characters}")
+    path.write_bytes((train[:characters] + val).encode())
+    return len(val) / (characters + len(val))
+
+
+def flags_of(sizes: Sizes, model: str, epochs: int, seed: int) -> tuple[str, ...]:
+    """The flags of train.py for one training, but for those of the text."""
+    trained = sizes.characters - int(CALIBRATION * sizes.characters)
+    steps_per_epoch = trained / (sizes.batch_size * sizes.block_size)
+    eval_every = max(1, round(max(1, epochs // CURVE_POINTS) * steps_per_epoch))
+    return (
+        f"--model={model}", f"--seed={seed}", f"--steps={round(epochs * steps_per_epoch)}",
+        f"--eval-every={eval_every}", "--preset=laptop", *sizes.network, f"--block-size={sizes.block_size}",
+        f"--batch-size={sizes.batch_size}", f"--calibration={CALIBRATION}", "--short-share=0", *REGULARIZATION[model],
+    )  # fmt: skip
+
+
+def train_once(file: Path, text: Path, val_fraction: float, flags: tuple[str, ...]) -> Training:
+    """Train, and write the result to `file`; or read what was written there when these flags ended before."""
+    settings = {"flags": list(flags), "text": sha256_of(text)}
+    if file.exists():
+        known = json.loads(file.read_text())
+        if known["settings"] != settings:
+            raise ArgumentError("out", f"{file} was trained on another text or with other flags: choose another folder")
+        return Training(known["history"], known["summary"])
+    with tempfile.TemporaryDirectory() as folder:
+        summary, _ = run_train(folder, *flags, f"--data={text}", f"--val-fraction={val_fraction!r}")
+        [metrics] = Path(folder).glob("*/metrics.jsonl")
+        history = [json.loads(line) for line in metrics.read_text().splitlines()]
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps({"settings": settings, "history": history, "summary": summary}))
+    return Training(history, summary)
+
+
+def train_all(folder: Path, data: str | None, sizes: Sizes) -> Runs:
+    """All trainings, seed after seed. Those that `folder` has the results of are not repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text, runs = folder / "text.txt", {}
+    val_fraction = write_text(text, data, sizes.characters)
+    for seed in range(sizes.seeds):
+        for model, lengths in zip(MODELS, sizes.epochs, strict=True):
+            for epochs in lengths:
+                flags = flags_of(sizes, model, epochs, seed)
+                training = train_once(folder / f"{model}-{epochs}-{seed}.json", text, val_fraction, flags)
+                say(f"{model}, {epochs} epochs, seed {seed}: {training.summary['nats_per_char']:.4f} nats/char")
+                runs.setdefault((model, epochs), []).append(training)
+    return runs
+
+
+# ------------------------------------------------------------------------------------------------- figures
+def mean_curve(trainings: list[Training]) -> list[tuple[float, float, float, float]]:
+    """(epochs, mean loss, smallest, largest) of each validation, over seeds."""
+    points = zip(*(training.curve for training in trainings), strict=True)
+    found = [(point[0][0], [loss for _, loss in point]) for point in points]
+    return [(epochs, statistics.mean(losses), min(losses), max(losses)) for epochs, losses in found]
+
+
+def final_losses(trainings: list[Training]) -> list[float]:
+    """Of each seed, the loss of the calibrated model on the whole validation part."""
+    return [training.summary["nats_per_char"] for training in trainings]
+
+
+def best_length(runs: Runs, model: str) -> int:
+    """The length with the smallest mean of the final losses."""
+    lengths = [epochs for name, epochs in runs if name == model]
+    return min(lengths, key=lambda epochs: statistics.mean(final_losses(runs[model, epochs])))
+
+
+def kind(trainings: list[Training]) -> str:
+    """What the losses are."""
+    return "upper bound" if trainings[0].summary["is_bound"] else "exact"
+
+
+def with_interval(values: list[float], sign: str = "") -> str:
+    """The mean over seeds and its 95 % interval by Student's t."""
+    mean, ci95 = mean_and_interval(torch.tensor(values, dtype=torch.float64))
+    return f"{mean:{sign}.4f}" + (" ({:{s}.4f}..{:{s}.4f})".format(*ci95, s=sign) if ci95 else "")
+
+
+def compare_epochs(quick: bool, data: str | None, out: Path | None, picture: Path | None) -> Iterator[Row]:
+    """Table of runs of several lengths, and their picture. `out`: a folder of results, which can be continued."""
+    if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
+        raise ArgumentError("picture", f"{picture}: name a .png file in a folder that exists")
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = train_all(out or Path(temporary), data, QUICK if quick else FULL)
+    best = final_losses(runs["gpt", best_length(runs, "gpt")])
+    sample = ("sample: best (epochs)", "sample: end", "sample: calibrated")
+    yield "model", "epochs", "seeds", *sample, "whole: calibrated", "all seeds", "kind", "minus the best GPT"
+    for (model, _), trainings in sorted(runs.items()):
+        lowest, losses = min(mean_curve(trainings), key=lambda point: point[1]), final_losses(trainings)
+        differences = [loss - other for loss, other in zip(losses, best, strict=True)]
+        yield (
+            model,
+            f"{trainings[0].summary['epochs']:.1f}",
+            str(len(trainings)),
+            f"{lowest[1]:.4f} ({lowest[0]:.1f})",
+            f"{mean_curve(trainings)[-1][1]:.4f}",
+            f"{statistics.mean(training.history[-1]['calibrated_val_loss'] for training in trainings):.4f}",
+            with_interval(losses),
+            " ".join(f"{loss:.4f}" for loss in losses),
+            kind(trainings),
+            "-" if losses == best else with_interval(differences, "+"),
+        )
+    if picture:
+        draw(runs, picture)
+
+
+# ------------------------------------------------------------------------------------------------- picture
+def draw(runs: Runs, picture: Path) -> None:
+    """Left: the losses in the course of the longest runs. Right: the final losses of runs of all lengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(STYLE | {"figure.dpi": 100}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.4), sharey=True)
+        for model in MODELS:
+            lengths = sorted(epochs for name, epochs in runs if name == model)
+            colour, dash = COLOURS[model], "-" if model == "llada" else "--"
+            label = f"{NAMES[model]}, {kind(runs[model, lengths[0]])}"
+            epochs, means, low, high = zip(*mean_curve(runs[model, lengths[-1]]), strict=True)
+            left.plot(epochs, means, dash, color=colour)
+            left.fill_between(epochs, low, high, color=colour, alpha=0.25, linewidth=0)
+            losses = [final_losses(runs[model, length]) for length in lengths]
+            means = [statistics.mean(values) for values in losses]
+            ranges = [[mean - min(v) for mean, v in zip(means, losses, strict=True)],
+                      [max(v) - mean for mean, v in zip(means, losses, strict=True)]]  # fmt: skip
+            right.errorbar(lengths, means, ranges, fmt=f"{dash}o", color=colour, capsize=2, markersize=4, label=label)
+        lowest = min(mean_curve(runs["gpt", max(e for name, e in runs if name == "gpt")]), key=lambda point: point[1])
+        star = {"marker": "*", "linestyle": "none", "color": COLOURS["gpt"], "markersize": 12, "markeredgecolor": "k"}
+        left.plot(*lowest[:2], **star)
+        best = best_length(runs, "gpt")
+        right.plot(best, statistics.mean(final_losses(runs["gpt", best])), **star, label="GPT stopped early")
+        left.set(title="during the longest runs, not calibrated", ylabel="validation loss (nats/char)")
+        right.set(title="end of runs of several lengths, calibrated")
+        for axes in (left, right):
+            axes.set(xscale="log", xlabel="epochs over the training text")
+            axes.xaxis.set_major_formatter("{x:g}")
+        add_legend(figure, right, columns=3)
+        figure.savefig(picture)
+        plt.close(figure)
