@@ -207,7 +207,8 @@ def draw(runs: Runs, picture: Path) -> None:
         left.set(title="during the longest runs, not calibrated", ylabel="validation loss (nats/char)")
         right.set(title="end of runs of several lengths, calibrated")
         for axes in (left, right):
-            axes.set(xscale="log", xlabel="epochs over the training text")
+            axes.set_xscale("log", base=2)
+            axes.set(xlabel="epochs over the training text")
             axes.xaxis.set_major_formatter("{x:g}")
         add_legend(figure, right, columns=3)
         figure.savefig(picture)
