@@ -37,9 +37,9 @@ BENCHMARKS = {  # name -> what it measures: shown by --help, and as the caption 
     "seeds. They have equal parameters and equal FLOPs an epoch. Losses are in nats/char: GPT's are exact, LLaDA's are "
     "upper bounds. The learning rate of each run is annealed over its own length, so GPT stopped early is a shorter "
     "run. sample: on 16,384 characters of the validation part; before calibration the best of the run (at which epoch) "
-    "and the last, then calibrated. whole: the calibrated model on the whole validation part, mean over seeds. Intervals "
-    "are at 95 %, by Student's t over seeds. A difference whose interval includes 0 is not distinguishable. The best "
-    "GPT is the length with the smallest mean, chosen on the validation part itself.",
+    "and the last, then calibrated. whole: the calibrated model on the whole validation part, mean over seeds. "
+    "Intervals are at 95 %, by Student's t over seeds. A difference whose interval includes 0 is not distinguishable. "
+    "The best GPT is the length with the smallest mean, chosen on the validation part itself.",
 }
 
 

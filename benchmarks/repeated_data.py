@@ -7,7 +7,7 @@ longer one. A run is one pair of model and length; each is trained with several 
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from utils.files import atomic_write, sha256_of
 
 VAL_FRACTION = 0.1  # of the corpus
 CALIBRATION = 0.02  # of the text to train on
-CURVE_POINTS = 25  # validations in a run at most, but for rounding; a run of few epochs is validated after each
+CURVE_POINTS = 25  # validations in a long run, about; a short one is validated after each epoch
 REGULARIZATION = {  # the best that were found
     "gpt": ("--dropout=0.2", "--ngram-dropout=0.5", "--weight-decay=0.1", "--ngram-lr=0.15"),
     "llada": ("--dropout=0", "--ngram-dropout=0", "--weight-decay=0", "--ngram-lr=0.75"),
@@ -49,10 +49,10 @@ QUICK = Sizes(4000, ("--n-layer=1", "--n-head=2", "--n-embd=16", "--ngram-rows=1
 
 @dataclass(frozen=True)
 class Training:
-    """What a training left: the records of its validations (nats/char of a sample of the validation part), its end."""
+    """What a training left."""
 
-    history: list[dict]
-    summary: dict
+    history: list[dict]  # the lines of metrics.jsonl: losses of a sample of the validation part
+    summary: dict  # with the loss of the whole
 
     @property
     def curve(self) -> list[tuple[float, float]]:
@@ -64,7 +64,6 @@ class Training:
 Runs = dict[tuple[str, int], list[Training]]  # (model, epochs) -> its trainings, one for each seed
 
 
-# ------------------------------------------------------------------------------------------------- trainings
 def write_text(path: Path, data: str | None, characters: int) -> float:
     """Write the first `characters` of the corpus, then its validation part; the share of the latter in the file."""
     corpus = load_corpus(data)
@@ -119,23 +118,21 @@ def train_all(folder: Path, data: str | None, sizes: Sizes) -> Runs:
     return runs
 
 
-# ------------------------------------------------------------------------------------------------- figures
+def mean_and_range(losses: Iterable[float]) -> tuple[float, float, float]:
+    """The mean, the smallest and the largest of several seeds."""
+    losses = list(losses)
+    return statistics.mean(losses), min(losses), max(losses)
+
+
 def mean_curve(trainings: list[Training]) -> list[tuple[float, float, float, float]]:
     """(epochs, mean loss, smallest, largest) of each validation, over seeds."""
-    points = zip(*(training.curve for training in trainings), strict=True)
-    found = [(point[0][0], [loss for _, loss in point]) for point in points]
-    return [(epochs, statistics.mean(losses), min(losses), max(losses)) for epochs, losses in found]
+    points = [tuple(zip(*point, strict=True)) for point in zip(*(t.curve for t in trainings), strict=True)]
+    return [(epochs[0], *mean_and_range(losses)) for epochs, losses in points]
 
 
 def final_losses(trainings: list[Training]) -> list[float]:
     """Of each seed, the loss of the calibrated model on the whole validation part."""
     return [training.summary["nats_per_char"] for training in trainings]
-
-
-def best_length(runs: Runs, model: str) -> int:
-    """The length with the smallest mean of the final losses."""
-    lengths = [epochs for name, epochs in runs if name == model]
-    return min(lengths, key=lambda epochs: statistics.mean(final_losses(runs[model, epochs])))
 
 
 def kind(trainings: list[Training]) -> str:
@@ -155,7 +152,8 @@ def compare_epochs(quick: bool, data: str | None, out: Path | None, picture: Pat
         raise ArgumentError("picture", f"{picture}: name a .png file in a folder that exists")
     with tempfile.TemporaryDirectory() as temporary:
         runs = train_all(out or Path(temporary), data, QUICK if quick else FULL)
-    best = final_losses(runs["gpt", best_length(runs, "gpt")])
+    of_gpt = [final_losses(trainings) for (model, _), trainings in runs.items() if model == "gpt"]
+    best = min(of_gpt, key=statistics.mean)
     sample = ("sample: best (epochs)", "sample: end", "sample: calibrated")
     yield "model", "epochs", "seeds", *sample, "whole: calibrated", "all seeds", "kind", "minus the best GPT"
     for (model, _), trainings in sorted(runs.items()):
@@ -177,7 +175,6 @@ def compare_epochs(quick: bool, data: str | None, out: Path | None, picture: Pat
         draw(runs, picture)
 
 
-# ------------------------------------------------------------------------------------------------- picture
 def draw(runs: Runs, picture: Path) -> None:
     """Left: the losses in the course of the longest runs. Right: the final losses of runs of all lengths."""
     import matplotlib
@@ -185,25 +182,20 @@ def draw(runs: Runs, picture: Path) -> None:
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot as plt
 
+    stars = {"marker": "*", "linestyle": "none", "markersize": 12, "markeredgecolor": "black", "color": COLOURS["gpt"]}
     with plt.rc_context(STYLE | {"figure.dpi": 100}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.4), sharey=True)
         for model in MODELS:
             lengths = sorted(epochs for name, epochs in runs if name == model)
-            colour, dash = COLOURS[model], "-" if model == "llada" else "--"
-            label = f"{NAMES[model]}, {kind(runs[model, lengths[0]])}"
-            epochs, means, low, high = zip(*mean_curve(runs[model, lengths[-1]]), strict=True)
-            left.plot(epochs, means, dash, color=colour)
-            left.fill_between(epochs, low, high, color=colour, alpha=0.25, linewidth=0)
-            losses = [final_losses(runs[model, length]) for length in lengths]
-            means = [statistics.mean(values) for values in losses]
-            ranges = [[mean - min(v) for mean, v in zip(means, losses, strict=True)],
-                      [max(v) - mean for mean, v in zip(means, losses, strict=True)]]  # fmt: skip
-            right.errorbar(lengths, means, ranges, fmt=f"{dash}o", color=colour, capsize=2, markersize=4, label=label)
-        lowest = min(mean_curve(runs["gpt", max(e for name, e in runs if name == "gpt")]), key=lambda point: point[1])
-        star = {"marker": "*", "linestyle": "none", "color": COLOURS["gpt"], "markersize": 12, "markeredgecolor": "k"}
-        left.plot(*lowest[:2], **star)
-        best = best_length(runs, "gpt")
-        right.plot(best, statistics.mean(final_losses(runs["gpt", best])), **star, label="GPT stopped early")
+            style, label = "--" if model == "gpt" else "-", f"{NAMES[model]}, {kind(runs[model, lengths[0]])}"
+            during = mean_curve(runs[model, lengths[-1]])
+            ends = [(x, *mean_and_range(final_losses(runs[model, x]))) for x in lengths]
+            for axes, points, marker in ((left, during, ""), (right, ends, "o")):
+                x, mean, low, high = zip(*points, strict=True)
+                axes.plot(x, mean, style + marker, color=COLOURS[model], markersize=4, label=label)
+                axes.fill_between(x, low, high, color=COLOURS[model], alpha=0.25, linewidth=0)
+                if model == "gpt":
+                    axes.plot(*min(points, key=lambda point: point[1])[:2], **stars, label="GPT stopped early")
         left.set(title="during the longest runs, not calibrated", ylabel="validation loss (nats/char)")
         right.set(title="end of runs of several lengths, calibrated")
         for axes in (left, right):

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import repeated_data
 from benchmarks.repeated_data import FULL, QUICK, Training
-from data import load_corpus, training_length
+from data import training_length
 from trainer import TrainConfig, Trainer, load_training_corpus
 from utils.errors import ArgumentError
 from utils.processes import Processes
@@ -18,7 +18,8 @@ from utils.processes import Processes
 def text_file(tmp_path) -> Path:
     """Twenty thousand characters, no two lines of which are equal."""
     path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"{i:04}: {i * i % 9973:04} {'dead' if i % 3 else 'alive'}\n" for i in range(1250))[:20_000])
+    lines = (f"{i:04}: {i * i % 9973:04} {'dead' if i % 3 else 'alive'}\n" for i in range(1250))
+    path.write_text("".join(lines)[:20_000])
     return path
 
 
@@ -98,33 +99,27 @@ def test_figures_by_hand(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- the whole
 def test_the_quick_benchmark(tmp_path, text_file, trainings, run_script, monkeypatch):
-    saved = []
+    saved, out, picture = [], tmp_path / "out", tmp_path / "p.png"
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: saved.append((figure, path)))
-    flags = ("--quick", "--data", str(text_file), "--out", str(tmp_path / "out"), "--picture", str(tmp_path / "p.png"))
-
-    def table() -> list[tuple[str, ...]]:
-        args = (True, str(text_file), tmp_path / "out", tmp_path / "p.png")
-        return list(repeated_data.compare_epochs(*args))
-
-    heading, *rows = table()
+    flags = ("--quick", "--data", str(text_file), "--out", str(out), "--picture", str(picture))
+    output, _ = run_script("-m", "benchmarks", "repeated_data", *flags)
+    heading, *rows = repeated_data.compare_epochs(True, str(text_file), out, None)
+    assert all(cell in output for row in (heading, *rows) for cell in row)
+    assert len(trainings) == 3, "finished trainings are not repeated"
     rows = [dict(zip(heading, row, strict=True)) for row in rows]
     assert [(row["model"], row["kind"]) for row in rows] == [("gpt", "exact")] * 2 + [("llada", "upper bound")]
     for row, asked in zip(rows, itertools.chain(*QUICK.epochs), strict=True):
         assert float(row["epochs"]) == pytest.approx(asked, abs=0.1)
     [(figure, path)] = saved
-    assert path == tmp_path / "p.png"
+    assert path == picture
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(labels) == ["GPT stopped early", "GPT, exact", "LLaDA, upper bound"]
-    seen = len(trainings)
-    assert seen == 3
-    assert table()[1:] == [tuple(row.values()) for row in rows]
-    assert len(trainings) == seen, "finished trainings are not repeated"
-    (tmp_path / "out/llada-4-0.json").unlink()
-    table()
-    assert len(trainings) == seen + 1
+    (out / "llada-4-0.json").unlink()
+    list(repeated_data.compare_epochs(True, str(text_file), out, None))
+    assert len(trainings) == 4
     text_file.write_text(text_file.read_text().replace("dead", "gone"))
-    with pytest.raises(ArgumentError, match="out .*choose another folder"):
-        table()
+    with pytest.raises(ArgumentError, match=r"out .*choose another folder"):
+        list(repeated_data.compare_epochs(True, str(text_file), out, None))
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_at_once(tmp_path, trainings):
