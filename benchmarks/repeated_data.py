@@ -1,13 +1,12 @@
 """Benchmark of repeated data: both models on a text that is so small that they pass over it many times.
 
-Every run is annealed over its own length. So a model that is stopped early is a shorter run, and not the beginning of a
-longer one. A run is one pair of model and length; each is trained with several seeds.
+Every run is annealed over its own length. So a model that is stopped early is a shorter run.
 """
 
 import json
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +52,6 @@ class Training:
 
     history: list[dict]  # the lines of metrics.jsonl: losses of a sample of the validation part
     summary: dict  # with the loss of the whole
-
-    @property
-    def curve(self) -> list[tuple[float, float]]:
-        """(epochs, loss before calibration) of each validation."""
-        epochs_per_token = self.summary["epochs"] / self.summary["tokens"]
-        return [(record["tokens"] * epochs_per_token, record["val_loss"]) for record in self.history]
 
 
 Runs = dict[tuple[str, int], list[Training]]  # (model, epochs) -> its trainings, one for each seed
@@ -111,23 +104,24 @@ def train_all(folder: Path, data: str | None, sizes: Sizes) -> Runs:
     for seed in range(sizes.seeds):
         for model, lengths in zip(MODELS, sizes.epochs, strict=True):
             for epochs in lengths:
-                flags = flags_of(sizes, model, epochs, seed)
-                training = train_once(folder / f"{model}-{epochs}-{seed}.json", text, val_fraction, flags)
+                file, flags = folder / f"{model}-{epochs}-{seed}.json", flags_of(sizes, model, epochs, seed)
+                training = train_once(file, text, val_fraction, flags)
                 say(f"{model}, {epochs} epochs, seed {seed}: {training.summary['nats_per_char']:.4f} nats/char")
                 runs.setdefault((model, epochs), []).append(training)
     return runs
 
 
-def mean_and_range(losses: Iterable[float]) -> tuple[float, float, float]:
+def mean_and_range(losses: Sequence[float]) -> tuple[float, float, float]:
     """The mean, the smallest and the largest of several seeds."""
-    losses = list(losses)
     return statistics.mean(losses), min(losses), max(losses)
 
 
 def mean_curve(trainings: list[Training]) -> list[tuple[float, float, float, float]]:
-    """(epochs, mean loss, smallest, largest) of each validation, over seeds."""
-    points = [tuple(zip(*point, strict=True)) for point in zip(*(t.curve for t in trainings), strict=True)]
-    return [(epochs[0], *mean_and_range(losses)) for epochs, losses in points]
+    """(epochs, mean loss, smallest, largest) of each validation, over seeds, before calibration."""
+    epochs_per_token = trainings[0].summary["epochs"] / trainings[0].summary["tokens"]
+    validations = zip(*(training.history for training in trainings), strict=True)
+    losses = [(records[0]["tokens"], [record["val_loss"] for record in records]) for records in validations]
+    return [(tokens * epochs_per_token, *mean_and_range(values)) for tokens, values in losses]
 
 
 def final_losses(trainings: list[Training]) -> list[float]:
@@ -157,34 +151,33 @@ def compare_epochs(quick: bool, data: str | None, out: Path | None, picture: Pat
     sample = ("sample: best (epochs)", "sample: end", "sample: calibrated")
     yield "model", "epochs", "seeds", *sample, "whole: calibrated", "all seeds", "kind", "minus the best GPT"
     for (model, _), trainings in sorted(runs.items()):
-        lowest, losses = min(mean_curve(trainings), key=lambda point: point[1]), final_losses(trainings)
-        differences = [loss - other for loss, other in zip(losses, best, strict=True)]
+        curve, losses = mean_curve(trainings), final_losses(trainings)
+        lowest = min(curve, key=lambda point: point[1])
         yield (
             model,
             f"{trainings[0].summary['epochs']:.1f}",
             str(len(trainings)),
             f"{lowest[1]:.4f} ({lowest[0]:.1f})",
-            f"{mean_curve(trainings)[-1][1]:.4f}",
+            f"{curve[-1][1]:.4f}",
             f"{statistics.mean(training.history[-1]['calibrated_val_loss'] for training in trainings):.4f}",
             with_interval(losses),
             " ".join(f"{loss:.4f}" for loss in losses),
             kind(trainings),
-            "-" if losses == best else with_interval(differences, "+"),
+            "-" if losses == best else with_interval([a - b for a, b in zip(losses, best, strict=True)], "+"),
         )
     if picture:
         draw(runs, picture)
 
 
 def draw(runs: Runs, picture: Path) -> None:
-    """Left: the losses in the course of the longest runs. Right: the final losses of runs of all lengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot as plt
+    """Left: losses in the course of the longest runs. Right: final losses of runs of all lengths. Bands: over seeds."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     stars = {"marker": "*", "linestyle": "none", "markersize": 12, "markeredgecolor": "black", "color": COLOURS["gpt"]}
-    with plt.rc_context(STYLE | {"figure.dpi": 100}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.4), sharey=True)
+    with rc_context(STYLE | {"figure.dpi": 100}):
+        figure = Figure(figsize=(8, 4.4))
+        left, right = figure.subplots(1, 2, sharey=True)
         for model in MODELS:
             lengths = sorted(epochs for name, epochs in runs if name == model)
             style, label = "--" if model == "gpt" else "-", f"{NAMES[model]}, {kind(runs[model, lengths[0]])}"
@@ -204,4 +197,3 @@ def draw(runs: Runs, picture: Path) -> None:
             axes.xaxis.set_major_formatter("{x:g}")
         add_legend(figure, right, columns=3)
         figure.savefig(picture)
-        plt.close(figure)
