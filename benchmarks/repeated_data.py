@@ -24,8 +24,8 @@ from utils.files import atomic_write, sha256_of
 VAL_FRACTION = 0.1  # of the corpus
 CALIBRATION = 0.02  # of the text to train on
 CURVE_POINTS = 25  # validations in a long run, about; a short one is validated after each epoch
-REGULARIZATION = {  # the best that were found
-    "gpt": ("--dropout=0.2", "--ngram-dropout=0.5", "--weight-decay=0.1", "--ngram-lr=0.15"),
+REGULARIZATION = {  # the best that was found
+    "gpt": ("--dropout=0.5", "--ngram-dropout=0.5", "--weight-decay=1", "--ngram-lr=0.015"),
     "llada": ("--dropout=0", "--ngram-dropout=0", "--weight-decay=0", "--ngram-lr=0.75"),
 }
 
@@ -38,7 +38,7 @@ class Sizes:
     network: tuple[str, ...] = ("--n-layer=4", "--n-head=2", "--n-embd=64", "--ngram-rows=65521")
     block_size: int = 256
     batch_size: int = 8
-    epochs: tuple[tuple[int, ...], tuple[int, ...]] = ((5, 10, 20, 40), (25, 50, 100))  # of GPT, of LLaDA
+    epochs: tuple[tuple[int, ...], tuple[int, ...]] = ((4, 8, 16), (25, 100))  # of GPT, of LLaDA
     seeds: int = 3
 
 
@@ -62,7 +62,7 @@ def write_text(path: Path, data: str | None, characters: int) -> float:
     corpus = load_corpus(data)
     train, val = (corpus.tokenizer.decode(part.numpy()) for part in corpus.split(VAL_FRACTION))
     if len(train) < characters:
-        raise ArgumentError("data", f"{corpus.name} has {len(train)} characters to train on: at least {characters}")
+        raise ArgumentError("data", f"{corpus.name} has {len(train)} characters to train on, {characters} are needed")
     path.write_bytes((train[:characters] + val).encode())
     return len(val) / (characters + len(val))
 

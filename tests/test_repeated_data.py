@@ -65,7 +65,7 @@ def test_the_split_of_tinyshakespeare_is_exact():
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path, text_file):
-    with pytest.raises(ArgumentError, match=r"data .*18000 characters to train on: at least 20000"):
+    with pytest.raises(ArgumentError, match=r"data .*18000 characters to train on, 20000 are needed"):
         repeated_data.write_text(tmp_path / "text.txt", str(text_file), 20_000)
 
 
