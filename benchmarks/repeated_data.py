@@ -152,12 +152,11 @@ def compare_epochs(quick: bool, data: str | None, out: Path | None, picture: Pat
     yield "model", "epochs", "seeds", *sample, "whole: calibrated", "all seeds", "kind", "minus the best GPT"
     for (model, _), trainings in sorted(runs.items()):
         curve, losses = mean_curve(trainings), final_losses(trainings)
-        lowest = min(curve, key=lambda point: point[1])
         yield (
             model,
             f"{trainings[0].summary['epochs']:.1f}",
             str(len(trainings)),
-            f"{lowest[1]:.4f} ({lowest[0]:.1f})",
+            "{1:.4f} ({0:.1f})".format(*min(curve, key=lambda point: point[1])),
             f"{curve[-1][1]:.4f}",
             f"{statistics.mean(training.history[-1]['calibrated_val_loss'] for training in trainings):.4f}",
             with_interval(losses),
@@ -175,7 +174,7 @@ def draw(runs: Runs, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     stars = {"marker": "*", "linestyle": "none", "markersize": 12, "markeredgecolor": "black", "color": COLOURS["gpt"]}
-    with rc_context(STYLE | {"figure.dpi": 100}):
+    with rc_context(STYLE | {"figure.dpi": 96}):
         figure = Figure(figsize=(8, 4.4))
         left, right = figure.subplots(1, 2, sharey=True)
         for model in MODELS:
@@ -189,8 +188,9 @@ def draw(runs: Runs, picture: Path) -> None:
                 axes.fill_between(x, low, high, color=COLOURS[model], alpha=0.25, linewidth=0)
                 if model == "gpt":
                     axes.plot(*min(points, key=lambda point: point[1])[:2], **stars, label="GPT stopped early")
-        left.set(title="during the longest runs, not calibrated", ylabel="validation loss (nats/char)")
-        right.set(title="end of runs of several lengths, calibrated")
+        left.set_title("during the longest runs, not calibrated;\na sample of the validation part", fontsize=10)
+        right.set_title("end of runs of several lengths, calibrated;\nthe whole validation part", fontsize=10)
+        left.set_ylabel("loss (nats/char): mean and range over seeds")
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.set(xlabel="epochs over the training text")
