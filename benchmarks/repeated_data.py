@@ -74,8 +74,9 @@ def flags_of(sizes: Sizes, model: str, epochs: int, seed: int) -> tuple[str, ...
     eval_every = max(1, round(max(1, epochs // CURVE_POINTS) * steps_per_epoch))
     return (
         f"--model={model}", f"--seed={seed}", f"--steps={round(epochs * steps_per_epoch)}",
-        f"--eval-every={eval_every}", "--preset=laptop", *MODELS[model], *sizes.network, f"--block-size={sizes.block_size}",
-        f"--batch-size={sizes.batch_size}", f"--calibration={CALIBRATION}", "--short-share=0", *REGULARIZATION[model],
+        f"--eval-every={eval_every}", "--preset=laptop", *MODELS[model], *sizes.network,
+        f"--block-size={sizes.block_size}", f"--batch-size={sizes.batch_size}",
+        f"--calibration={CALIBRATION}", "--short-share=0", *REGULARIZATION[model],
     )  # fmt: skip
 
 
