@@ -51,7 +51,10 @@ def run_train(out: str | Path, *flags: str) -> tuple[dict, float]:
         if process.returncode:
             log.seek(0)
             raise OSError(f"train.py {' '.join(flags)}: {log.read().strip().splitlines()[-1]}")
-    newest = max(Path(out).glob("*/summary.json"), key=lambda path: path.stat().st_mtime_ns)
+    finished = list(Path(out).glob("*/summary.json"))
+    if not finished:
+        raise OSError(f"train.py {' '.join(flags)}: was stopped before its end")
+    newest = max(finished, key=lambda path: path.stat().st_mtime_ns)
     return json.loads(newest.read_text()), usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
 
 

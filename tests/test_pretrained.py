@@ -1,4 +1,4 @@
-"""The models in pretrained/: their size, that their networks are equal, their losses on an excerpt of the validation text."""
+"""The models in pretrained/: their size, their equal networks, their losses on an excerpt of the validation part."""
 
 from pathlib import Path
 
