@@ -70,6 +70,7 @@ def parse_args() -> argparse.Namespace:
         if name == "sampling":
             add("--out", default="out", help="folder of the trained models (default: out)")
             add("--windows", type=POSITIVE_INT, help="held-out windows to score (default: 64, quick: 16)")
+            add("--lengths", type=POSITIVE_INT, nargs="+", help="characters of a text (default: 128 256, quick: 128)")
             add("--also", nargs="+", default=(), metavar="OUT", help="folders of further GPTs, perhaps with streams")
             add("--picture", type=Path, metavar="FILE", help="draw loss against speed and network evaluations there")
     return parser.parse_args()
@@ -88,7 +89,7 @@ def main() -> None:
         case "decoding":
             rows = decoding.compare_decoders(args.quick)
         case "sampling":
-            windows, lengths = args.windows or (16 if args.quick else 64), (128,) if args.quick else (128, 256)
+            windows, lengths = args.windows or (16 if args.quick else 64), args.lengths or (128, 256)[: 2 - args.quick]
             rows = sampling.compare_samplers(args.out, windows, lengths, args.also, args.picture)
         case "pairs" if args.write:
             pairs.write_data(args.write, pairs.QUICK if args.quick else pairs.FULL, args.seed or 0)
