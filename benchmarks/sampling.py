@@ -255,10 +255,11 @@ def draw_families(axes, families: dict[str, list[Measured]], xs: list[list[float
     for i, ((name, rows), x) in enumerate(zip(families.items(), xs, strict=True)):
         y, is_gpt, is_bound = [r.likelihood.nats_per_char for r in rows], "GPT" in name, rows[0].likelihood.is_bound
         colours = [COLOURS["llada"], *OTHERS]
-        colour = COLOURS["gpt"] if name.startswith("GPT trained and") else colours[i % len(colours)]
+        colour = COLOURS["gpt"] if is_gpt else colours[i % len(colours)]
         axes.plot(
             *zip(*sorted(zip(x, y, strict=True)), strict=True), marker=MARKERS[i % len(MARKERS)], color=colour,
             markersize=5, markerfacecolor="white" if is_bound else colour, linewidth=2 if is_gpt else 1,
+            linestyle=":" if name.startswith("GPT trained in") else "-",
             label=f"{name} ({kind(rows[0].likelihood)})",
         )  # fmt: skip
         for row, *point in zip(rows, x, y, strict=True):

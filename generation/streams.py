@@ -108,8 +108,10 @@ def write_window(
     first = start - m  # column of the window
     for k in range(streams.length):
         logits = model(latest.to(device), cache=cache, streams=streams).cpu()  # (B, n, V)
-        seen = torch.zeros(B, logits.shape[-1], dtype=torch.bool).scatter_(1, texts, True)  # [MASK] has logit -inf
-        penalized = penalize_repetition(logits, seen[:, None], config.repetition_penalty)
+        penalized = logits
+        if config.repetition_penalty != 1:
+            seen = torch.zeros(B, logits.shape[-1], dtype=torch.bool).scatter_(1, texts, True)  # [MASK] has logit -inf
+            penalized = penalize_repetition(logits, seen[:, None], config.repetition_penalty)
         latest = draw_tokens(penalized, config, generators)
         columns = start + k + streams.length * torch.arange(n)
         columns = columns[columns < T]

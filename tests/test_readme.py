@@ -90,9 +90,10 @@ def trained(tmp_path_factory) -> Path:
         pairs = [{"prompt": f"ROMEO:{i}", "completion": f"{i}"} for i in range(20)]
         (folder / "tasks" / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     answers = ["--model", "gpt", "--pairs", "tasks/train.jsonl", "--out", "answers"]
+    fast = ["--model", "gpt", "--parallel", "8", *CORPUS, "--out", "fast"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for flags in (["--model", "llada", *CORPUS], ["--model", "gpt", *CORPUS], answers):
+        for flags in (["--model", "llada", *CORPUS], ["--model", "gpt", *CORPUS], answers, fast):
             patch.setattr(sys, "argv", ["train.py", *flags, *TINY, "--steps", "3"])
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     return folder
@@ -126,15 +127,8 @@ def test_commands_run(run_command, folder, command):
 
 @pytest.mark.parametrize("example", blocks("python"))
 def test_python_examples_run(folder, capsys, example):
-    from unmasking import ORDERS
-
-    orders = dict(ORDERS)
-    try:
-        example = example.replace("pretrained/llada.pt", "out/llada/last.pt")
-        exec(compile(example, "README.md", "exec"), {"__name__": "example"})
-    finally:
-        ORDERS.clear()
-        ORDERS.update(orders)
+    example = example.replace("pretrained/llada.pt", "out/llada/last.pt")
+    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
     assert capsys.readouterr().out.strip()
 
 
