@@ -37,7 +37,7 @@ ERRORS = [
     ("generate.py", "--html", "\x1b[2J/x.html"),
     ("train.py", "--data", "\x1b[2J\r"),
     ("train.py", "--pairs", NAME),
-    ("train.py", "--tokenizer", NAME),
+    ("train.py", "--data", NAME, "--tokenizer", NAME),
     ("train.py", "--init-from", NAME),
     ("train.py", "--resume", "\x1b[2J"),
     ("train.py", "--data", NAME, "--device", "\x1b[2J"),
