@@ -22,8 +22,9 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """The tensors are tiny: a second thread makes them slower."""
+    """The tensors are tiny: a second thread makes them slower. Denormal numbers, which train.py turns off, are on."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)
