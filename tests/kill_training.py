@@ -116,10 +116,11 @@ def kill_again_and_again(work: Path, kills: int, steps: int, model: str, seed: i
             wait_until_it_trains(pid, folder / f".{model}.lock")
         life = time.monotonic() + draw.uniform(0, 0.6)
         writing = folder / model if done % 2 else None
+        too_short = "the run ended before it was killed often enough: more --steps"
         if writing:  # let it train a while first
-            ended(pid, life, None)
+            assert not ended(pid, life, None), too_short
             life = time.monotonic() + 2.0
-        assert not ended(pid, life, writing), "the run ended before it was killed often enough: more --steps"
+        assert not ended(pid, life, writing), too_short
         time.sleep(draw.uniform(0, 0.003) if writing else 0)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -144,7 +145,7 @@ def kill_again_and_again(work: Path, kills: int, steps: int, model: str, seed: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--model", choices=("llada", "gpt"), default="llada")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
