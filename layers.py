@@ -54,6 +54,11 @@ class Streams:
         end = self.prefix + self.length
         return x[:, :end], x[:, end:].reshape(-1, self.length, *x.shape[2:])
 
+    @property
+    def border(self) -> int:
+        """The position at which a stream's border begins: there the next stream's first tokens are known."""
+        return max(self.length - BORDER, RIGHT)
+
     def join(self, first: Tensor, others: Tensor) -> Tensor:
         """The inverse of `split`."""
         return torch.cat([first, others.reshape(len(first), -1, *first.shape[2:])], dim=1)
@@ -255,11 +260,10 @@ class BorderEmbedding(NgramTables):
 
     def forward(self, tokens: Tensor, streams: Streams) -> Tensor:
         """tokens (B, T), of streams (B, n, length) at the end -> (B, T, C); 0 at positions far from a border."""
-        B, T = tokens.shape
-        if streams.length <= RIGHT:
+        (B, T), first = tokens.shape, streams.border
+        if first >= streams.length:
             return torch.zeros(B, T, self.tables.embedding_dim, device=tokens.device)
         x = tokens[:, streams.prefix :].view(B, -1, streams.length)
-        first = max(streams.length - BORDER, RIGHT)  # where a stream's border begins
         left = F.pad(x[:, :-1], (LEFT - 1, 0)).unfold(2, LEFT, 1)[:, :, first:]  # (B, n - 1, D, LEFT)
         e = self.near_border(left, x[:, 1:, 1 : RIGHT + 1], torch.arange(streams.length - first, 0, -1))  # BORDER..1
         e = F.pad(e, (0, 0, first, 0, 0, 1)).flatten(1, 2)  # (B, n * length, C)
@@ -274,7 +278,7 @@ class BorderEmbedding(NgramTables):
         tokens = cache.tokens.view(B, n, -1)
         if 1 <= k <= RIGHT:
             cache.beginnings[..., k - 1] = tokens[..., -1]
-        if k < max(streams.length - BORDER, RIGHT):
+        if k < streams.border:
             return 0.0
         distance = torch.tensor([streams.length - k])
         e = self.near_border(tokens[:, :-1, None, -LEFT:], cache.beginnings[:, 1:], distance)

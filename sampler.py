@@ -267,7 +267,7 @@ def logits_at(logits: Tensor, tokens: Tensor, where: Tensor, config: SamplingCon
 
 
 def draw_tokens(
-    logits: Tensor, where: Tensor, generators: list[torch.Generator], config: SamplingConfig, never: list[int]
+    logits: Tensor, where: Tensor, generators: list[torch.Generator], config: LogitsConfig, never: Sequence[int]
 ) -> Tensor:
     """One token for each of logits (N, V), the positions of where (B, T) in row-major order: (N,), none of `never`."""
     logits = logits.masked_fill(is_excluded(never, logits), -torch.inf)
@@ -283,7 +283,7 @@ def with_a_choice(logits: Tensor, never: list[int]) -> Tensor:
     return logits.masked_fill(hopeless & ~excluded, 0.0) if hopeless.any() else logits
 
 
-def is_excluded(never: list[int], over_vocabulary: Tensor) -> Tensor:
+def is_excluded(never: Sequence[int], over_vocabulary: Tensor) -> Tensor:
     """(V,) bool: the ids that are never written, for a tensor (..., V). The mask's id may lie outside of it."""
     ids = torch.arange(over_vocabulary.shape[-1], device=over_vocabulary.device)
     return torch.isin(ids, torch.tensor(never, device=ids.device))

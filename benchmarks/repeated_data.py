@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Row
+from benchmarks.timing import Row, check_picture
 from benchmarks.training import MODELS, run_train
 from data import load_corpus
 from evaluation.likelihoods import mean_and_interval
@@ -143,8 +143,7 @@ def with_interval(values: list[float], sign: str = "") -> str:
 
 def compare_epochs(quick: bool, data: str | None, out: Path | None, picture: Path | None) -> Iterator[Row]:
     """Table of runs of several lengths, and their picture. `out`: a folder of results, which can be continued."""
-    if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
-        raise ArgumentError("picture", f"{picture}: name a .png file in a folder that exists")
+    check_picture(picture)
     with tempfile.TemporaryDirectory() as temporary:
         runs = train_all(out or Path(temporary), data, QUICK if quick else FULL)
     of_gpt = [final_losses(trainings) for (model, _), trainings in runs.items() if model == "gpt"]

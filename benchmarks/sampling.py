@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoregressive import decode, equal_streams, exact_nll
-from benchmarks.timing import Row, timed
+from benchmarks.timing import Row, check_picture, timed
 from checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from data import load_same_corpus, validation_rows
 from evaluation.plots import COLOURS, MARKERS, OTHERS, STYLE, add_legend
@@ -147,6 +147,7 @@ def compare_samplers(
     The GPTs are the newest ones under `out` and under the folders of `also`. A length beyond LLaDA's context is cut to
     it; GPTs have a row where the text fits in their context. Raises ValueError if there is no LLaDA under `out`.
     """
+    check_picture(picture)
     llada = load_checkpoint(newest_checkpoint(out, "llada"))
     gpts = comparable_gpts([out, *also], llada)
     first = next(iter(samplers(max(lengths))))
@@ -228,17 +229,16 @@ def family(name: str) -> str:
 
 def draw_frontier(rows: list[Measured], path: Path) -> None:
     """nats/char against characters/s at each batch size and against network evaluations. Bounds are hollow."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     families: dict[str, list[Measured]] = {}
     for row in rows:
         if row.likelihood is not None:
             families.setdefault(family(row.name), []).append(row)
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(BATCH_SIZES) + 1, figsize=(11, 4.6), sharey=True)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.6))
+        panels = figure.subplots(1, len(BATCH_SIZES) + 1, sharey=True)
         for i, (axes, B) in enumerate(zip(panels, BATCH_SIZES, strict=False)):
             draw_families(axes, families, [[row.T * B / row.seconds[i] for row in mine] for mine in families.values()])
             axes.set_xlabel(f"characters/s, {B} at once" if B > 1 else "characters/s, one text")
@@ -247,7 +247,6 @@ def draw_frontier(rows: list[Measured], path: Path) -> None:
         panels[0].set_ylabel("loss (nats/char)")
         add_legend(figure, panels[0], columns=3)
         figure.savefig(path, dpi=90)
-        plt.close(figure)
 
 
 def draw_families(axes, families: dict[str, list[Measured]], xs: list[list[float]]) -> None:

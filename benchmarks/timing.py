@@ -6,11 +6,13 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from utils.console import say
+from utils.errors import ArgumentError
 
 Row = tuple[str, ...]  # one line of a table; the first row that a benchmark yields is the heading
 
@@ -61,6 +63,12 @@ def gigaflops() -> float:
 def is_steady(before: float, after: float) -> bool:
     """Whether two speeds of the machine differ by at most 20 %."""
     return max(before, after) <= 1.2 * min(before, after)
+
+
+def check_picture(path: Path | None) -> None:
+    """Raise ArgumentError, before hours of measuring, for a picture that could not be written."""
+    if path and (path.suffix != ".png" or not path.parent.is_dir()):
+        raise ArgumentError("picture", f"{path}: name a .png file in a folder that exists")
 
 
 def print_table(rows: Iterator[Row]) -> None:

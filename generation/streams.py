@@ -14,10 +14,10 @@ from torch import Tensor
 from autoregressive import DecodingConfig
 from generation.infilling import GenerationState, pad_left
 from layers import Streams
-from logits import draw, in_float64, noise, penalize_repetition, probabilities, row_generators
+from logits import in_float64, penalize_repetition, row_generators
 from model import GPT
-from sampler import Step
-from tokenizer import MASK_ID, PAD_ID, START_ID
+from sampler import Step, draw_tokens
+from tokenizer import MASK_ID, NEVER_WRITTEN, PAD_ID, START_ID
 from utils.errors import ArgumentError
 
 
@@ -105,27 +105,19 @@ def write_window(
         model(torch.cat([latest[:, :1], prefix[:, :-1]], dim=1).to(device), cache=cache)
         latest[:, 0] = prefix[:, -1]
     cache.open_streams(n)
-    first = start - m  # column of the window
+    first, everywhere = start - m, torch.ones(B, n, dtype=torch.bool)  # first: column of the window
     for k in range(streams.length):
         logits = model(latest.to(device), cache=cache, streams=streams).cpu()  # (B, n, V)
         penalized = logits
         if config.repetition_penalty != 1:
             seen = torch.zeros(B, logits.shape[-1], dtype=torch.bool).scatter_(1, texts, True)  # [MASK] has logit -inf
             penalized = penalize_repetition(logits, seen[:, None], config.repetition_penalty)
-        latest = draw_tokens(penalized, config, generators)
+        latest = draw_tokens(penalized.flatten(0, 1), everywhere, generators, config, NEVER_WRITTEN).view(B, n)
         columns = start + k + streams.length * torch.arange(n)
         columns = columns[columns < T]
         texts[:, columns] = latest[:, : len(columns)]
         p = in_float64(logits[:, : len(columns)]).softmax(-1)  # (B, n, V)
         yield window_step(texts[:, first : start + n * streams.length], columns - first, p, k + 1 + bool(m))
-
-
-def draw_tokens(logits: Tensor, config: DecodingConfig, generators: list[torch.Generator]) -> Tensor:
-    """(B, n, V) logits -> (B, n) tokens, each row's from its own random stream."""
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    u = noise(generators, torch.ones(logits.shape[:2], dtype=torch.bool))
-    return draw(probabilities(logits, config).flatten(0, 1), u.flatten()).view(u.shape)
 
 
 def window_step(tokens: Tensor, columns: Tensor, p: Tensor, nfe: int) -> Step:

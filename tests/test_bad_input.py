@@ -184,7 +184,6 @@ def work(tmp_path_factory):
         torch.save({"state_dict": {}}, "foreign.pt")
         seal(Path("foreign.pt"))
         shutil.copy("corpus.txt", "readonly")
-    torch.set_flush_denormal(False)
     return folder
 
 
@@ -217,7 +216,6 @@ def test_bad_input_gets_one_line(work, monkeypatch, capsys, line, named):
     monkeypatch.setattr(sys, "argv", [path, *words_of(line)])
     with pytest.raises(SystemExit) as stop:
         run_program(PROGRAMS[program].main)
-    torch.set_flush_denormal(False)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     *notes, error = err.splitlines()

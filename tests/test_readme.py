@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,13 +68,6 @@ def small(command: str) -> list[str]:
 def run_command(run_script):
     """run_command(words) runs a program as `python words...` would; returns its standard output and its messages."""
     return lambda words: "".join(run_script(*words, stdin="ROMEO:\nquit\n"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _denormals():
-    """train.py turns them off; other tests in this process keep them."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
