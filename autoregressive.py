@@ -1,12 +1,12 @@
 """GPT's counterpart of diffusion.py and sampler.py: training loss, exact likelihood, decoding, beam search.
 
 All functions take and return token ids. Prompts are read exactly as given: [START] is a token like any other, and the
-caller puts it first where a text begins (generation/text.py does).
+caller puts it first where a text begins (generation/write.py does).
 
 Letters: B batch, T positions, V vocabulary, N windows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -14,39 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import BeamConfig, DecodingConfig
 from data import Rows
-from layers import Streams
 from likelihood import Likelihood, Predict
-from logits import LogitsConfig, draw, penalize_repetition, probabilities, row_generators, uniforms
+from logits import draw_tokens, in_float64, penalize_repetition, row_generators
 from model import GPT
 from tokenizer import END_ID, PAD_ID, START_ID
 from utils.errors import ArgumentError, check_number
 
 IGNORED = -100  # a target that counts nowhere
-PREFIX_SHARE = 0.5  # of the training batches of a model with streams: they begin with a random prefix
 
 
 # ------------------------------------------------------------------------------------------------- loss, likelihood
-def causal_inputs(sequences: Tensor, start_token_id: int, streams: Streams | None = None) -> Tensor:
+def causal_inputs(sequences: Tensor, start_token_id: int) -> Tensor:
     """(B, T) -> (B, T): [START] and all but the last token, so that position t predicts sequences[:, t].
 
-    [START] opens every window: GPT and LLaDA score the same T characters. It also opens every stream but the first,
-    which follows the prefix.
+    [START] opens every window: GPT and LLaDA score the same T characters.
     """
     start = torch.full_like(sequences[:, :1], start_token_id)
-    inputs = torch.cat([start, sequences[:, :-1]], dim=1)
-    if streams is not None:
-        inputs[:, streams.prefix + streams.length :: streams.length] = start_token_id
-    return inputs
-
-
-def equal_streams(T: int, parallel: int, prefix: int = 0) -> Streams | None:
-    """T positions as `parallel` streams of equal length after a prefix, which is made longer for what does not divide.
-
-    None, which means from left to right, for one stream or where there is no position for each.
-    """
-    length = (T - prefix) // parallel
-    return Streams(T - parallel * length, length) if parallel > 1 and length else None
+    return torch.cat([start, sequences[:, :-1]], dim=1)
 
 
 def compute_gpt_loss(logits: Tensor, targets: Tensor, units: Tensor | None = None) -> Tensor:
@@ -55,30 +41,25 @@ def compute_gpt_loss(logits: Tensor, targets: Tensor, units: Tensor | None = Non
     Targets that are IGNORED do not count. With `units` (B,), the sum is divided by their sum: with each row's
     characters of text, the loss is in nats/character.
     """
-    if units is None:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return losses / units.sum()
+    reduction = "mean" if units is None else "sum"
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return loss if units is None else loss / units.sum()
 
 
 @torch.inference_mode()
-def exact_nll(
-    predict: Callable[..., Tensor],
-    windows: Tensor,
-    start_token_id: int,
-    batch_size: int = 128,
-    streams: Streams | None = None,
-) -> Tensor:
+def exact_nll(predict: Predict, windows: Tensor, start_token_id: int, batch_size: int = 128) -> Tensor:
     """The chain rule: windows (N, T) -> (N, T) negative log-likelihoods of their tokens, exact, in nats/token.
 
     predict: any causal function of tokens (B, T) that returns logits (B, T, V). `batch_size` windows are evaluated at
-    a time; it does not change the result. streams: the likelihood of writing in streams; predict gets them too.
+    a time; it does not change the result.
     """
-    nll, arguments = [], {} if streams is None else {"streams": streams}
-    for targets in windows.split(batch_size):
-        logits = predict(causal_inputs(targets, start_token_id, streams), **arguments)  # (B, T, V)
-        nll.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))  # (B, T)
-    return torch.cat(nll)
+    nll = None  # one tensor for all: small results kept between large logits would leave holes in memory
+    for start in range(0, len(windows), batch_size):
+        targets = windows[start : start + batch_size]
+        logits = predict(causal_inputs(targets, start_token_id))  # (B, T, V)
+        nll = logits.new_empty(windows.shape) if nll is None else nll
+        nll[start : start + batch_size] = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return nll
 
 
 class CausalBatch(NamedTuple):
@@ -87,45 +68,40 @@ class CausalBatch(NamedTuple):
     inputs: Tensor  # (B, T) [START] and all tokens but the last
     targets: Tensor  # (B, T) the token that follows each input; IGNORED where none is to be predicted
     units: Tensor  # (B,) the mean number of characters in a row of the whole batch: its parts weigh alike
-    prefix: Tensor  # (B,) the positions before the streams, in all rows the same; all positions: no streams
+
+    def on(self, device: torch.device) -> "CausalBatch":
+        """The batch on a device."""
+        return type(self)(*(x.to(device, non_blocking=True) for x in self))
 
 
 @dataclass(frozen=True)
 class CausalObjective:
-    """GPT's training objective and evaluation, with the methods of diffusion.DiffusionObjective.
+    """GPT's training objective and evaluation, with the methods of diffusion.DiffusionObjective."""
 
-    parallel: the number of streams in which it writes a window.
-    """
-
-    parallel: int = 1
     is_bound: ClassVar[bool] = False
+    scores: ClassVar[tuple[str, ...]] = ("val_loss",)
 
-    def make_batch(
-        self, rows: Rows, generator: torch.Generator | None = None, is_training: bool = False
-    ) -> CausalBatch:
-        """Rows -> inputs and targets. Random is only, in training, the length of the prefix before streams.
+    def make_batch(self, rows: Rows, generator: torch.Generator, purpose: str = "val_loss") -> CausalBatch:
+        """Rows -> inputs and targets. Nothing is random.
 
         [PAD] stands at the right, where no position before it sees it, and is no target; neither is what is given.
         """
-        (B, T), prefix = rows.tokens.shape, 0
-        if is_training and self.parallel > 1 and torch.rand((), generator=generator) < PREFIX_SHARE:
-            prefix = int(torch.randint(1, max(2, T // 2 + 1), (), generator=generator))
-        streams = equal_streams(T, self.parallel, prefix)
-        units = rows.characters.float().mean().expand(B)
+        units = rows.characters.float().mean().expand(len(rows.tokens))
         targets = rows.tokens.masked_fill(~rows.counted, IGNORED)
-        inputs = causal_inputs(rows.tokens, START_ID, streams)
-        return CausalBatch(inputs, targets, units, torch.full((B,), streams.prefix if streams else T))
+        return CausalBatch(causal_inputs(rows.tokens, START_ID), targets, units)
 
     def predict(self, model: Callable[..., Tensor], batch: CausalBatch) -> Tensor:
         """Logits (B, T, V) for `loss`."""
-        T, prefix = batch.inputs.shape[1], int(batch.prefix[0])
-        if prefix == T:
-            return model(batch.inputs)
-        return model(batch.inputs, streams=equal_streams(T, self.parallel, prefix))
+        return model(batch.inputs)
 
     def loss(self, logits: Tensor, batch: CausalBatch) -> Tensor:
         """Exact negative log-likelihood in nats/character, the mean over the batch."""
         return compute_gpt_loss(logits, batch.targets, batch.units)
+
+    def weighted_targets(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+        """(B T,) targets and weights: `loss` is the sum of weights times cross-entropies."""
+        targets = batch.targets.flatten()
+        return targets.clamp(min=0), (targets != IGNORED) / batch.units.sum()
 
     def likelihood(
         self, predict: Predict, batches: list[Rows], *, pairs: int = 8, batch_size: int = 128, seed: int = 0
@@ -137,58 +113,12 @@ class CausalObjective:
         batches = [rows for rows in batches if rows.tokens.numel()]
         if not batches:
             raise ValueError("there is no text to score")
-        nats = [
-            exact_nll(
-                predict, rows.tokens, START_ID, batch_size, equal_streams(rows.tokens.shape[1], self.parallel)
-            ).masked_fill(~rows.counted, 0.0).cpu()
-            for rows in batches
-        ]
+        nats = [self.nll(predict, rows.tokens, batch_size).masked_fill(~rows.counted, 0.0).cpu() for rows in batches]
         return Likelihood.from_token_nats(nats).per(torch.cat([rows.characters for rows in batches]))
 
-
-# ------------------------------------------------------------------------------------------------- settings
-@dataclass(frozen=True)
-class DecodingConfig(LogitsConfig):
-    """How `decode` writes: temperature, top_k, top_p and repetition_penalty of LogitsConfig, and the context.
-
-    context_len: tokens the model sees (None: the model's block_size). slide: once the text is longer than that, the
-    window moves on by so many tokens at a time; 1 always shows the last context_len tokens, larger values are faster.
-    use_cache: keep keys and values of earlier tokens; the text is the same without. Raises ValueError for values out of
-    range; `SlidingContext` checks the context against the model.
-    """
-
-    context_len: int | None = None
-    slide: int = 1
-    use_cache: bool = True
-
-
-@dataclass(frozen=True)
-class BeamConfig:
-    """How `beam_search` searches. The arguments are those of transformers' generate(num_beams=...).
-
-    length_penalty: a score is the sum of log-probabilities (nats) / length ** length_penalty. early_stopping: True
-    stops with num_beams finished texts; False when the best running beam, at its present length, cannot enter them;
-    "never" when it could not even at full length. repetition_penalty acts on log-probabilities: with it, scores are no
-    likelihoods. num_return: texts to return, at most num_beams. context_len, slide: see DecodingConfig.
-    Raises ArgumentError.
-    """
-
-    num_beams: int = 5
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    repetition_penalty: float = 1.0
-    num_return: int = 1
-    context_len: int | None = None
-    slide: int = 1
-
-    def __post_init__(self):
-        check_number("num_beams", self.num_beams, low=1)
-        check_number("length_penalty", self.length_penalty, low=-10, high=10)  # length ** 1000 would overflow
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
-        if not 1 <= self.num_return <= self.num_beams:
-            raise ArgumentError("num_return", f"must be in 1..{self.num_beams} (num_beams), got {self.num_return}")
-        if self.early_stopping not in (False, True, "never"):
-            raise ArgumentError("early_stopping", f'must be False, True or "never", got {self.early_stopping!r}')
+    def nll(self, predict: Predict, windows: Tensor, batch_size: int) -> Tensor:
+        """(N, T) nats of each token of windows (N, T)."""
+        return exact_nll(predict, windows, START_ID, batch_size)
 
 
 # ------------------------------------------------------------------------------------------------- sliding context
@@ -204,67 +134,51 @@ def window_start(length: int, context_len: int, slide: int) -> int:
 
 
 class SlidingContext:
-    """B growing texts, each read through a window of its last `context_len` tokens.
+    """B growing texts of one length, each read through a window of its last `context_len` tokens.
 
-    The texts stand in one buffer, padded at the left so that all of them end at the same column:
-
-        tokens  . . T O M _ _    first = [2, 0], where each text begins
-                J A M E S _ _    end = 5, where the next token goes
-
-    While no window moves, each new token adds one column to the key/value cache. When a window moves, the positions in
-    it change and the whole window is computed again: beyond the context, slide=1 recomputes for each token, slide=N for
-    one token in N. Each row's logits are those it would get alone.
+    While the window does not move, each new token adds one column to the key/value cache. When it moves, the positions
+    in it change and the whole window is computed again: beyond the context, slide=1 recomputes for each token, slide=N
+    for one token in N.
 
     Raises ArgumentError for a context_len outside 1..block_size or a slide outside 1..context_len, and ValueError for
-    a prompt that is empty or holds unknown ids, and for a model that is not causal.
+    prompts that are empty or hold unknown ids.
     """
 
     def __init__(
         self,
         model: GPT,
-        prompts: Sequence[Tensor],
+        prompts: Tensor,
         max_out_tokens: int,
         context_len: int | None = None,
-        slide: int = 1,
+        slide: int | None = None,
         use_cache: bool = True,
     ):
-        """prompts: B tensors of ids, (T,) each, lengths may differ. max_out_tokens: how many `append`s to expect."""
-        if not model.causal:
-            raise ValueError(f"decoding from left to right needs a causal model, and this is {model.name}")
+        """prompts: (B, T) ids. max_out_tokens: how many `append`s to expect. slide: None is half of the context."""
         config = model.config
         self.context_len = config.block_size if context_len is None else context_len
         if not 1 <= self.context_len <= config.block_size:
             raise ArgumentError("context_len", f"must be in 1..{config.block_size} (block_size), got {context_len}")
-        if not 1 <= slide <= self.context_len:
+        self.slide = max(1, self.context_len // 2) if slide is None else slide
+        if not 1 <= self.slide <= self.context_len:
             raise ArgumentError("slide", f"must be in 1..{self.context_len} (context_len), got {slide}")
-        if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        if not prompts.numel():
             raise ValueError("a prompt needs at least one id: begin a text with [START]")
-        if not all(0 <= prompt.min() and prompt.max() < config.vocab_size for prompt in prompts):
+        if not 0 <= prompts.min() <= prompts.max() < config.vocab_size:
             raise ValueError(f"the ids of a prompt must be in 0..{config.vocab_size - 1}")
-        self.model, self.slide = model, slide
-        self.end = max(map(len, prompts))
-        self.first = [self.end - len(prompt) for prompt in prompts]
-        size = len(prompts), self.end + max_out_tokens
-        self.tokens = torch.full(size, PAD_ID, device=model.device)  # (B, end + max_out_tokens)
-        for row, prompt in zip(self.tokens, prompts, strict=True):
-            row[self.end - len(prompt) : self.end] = prompt
-        self.starts = None  # first column of each row's window, as the cache knows it
-        self.pad = None
-        self.cache = None
-        if use_cache and config.arch != "vanilla":  # nn.TransformerEncoder has no cache: recompute
-            self.cache = model.new_cache(len(prompts), self.context_len)
+        self.model, (B, self.end) = model, prompts.shape
+        self.tokens = F.pad(prompts.to(model.device), (0, max_out_tokens), value=PAD_ID)  # (B, end + max_out_tokens)
+        self.start = 0  # first column of the window, as the cache knows it
+        self.cache = model.new_cache(B, self.context_len) if use_cache else None
 
     def next_logits(self) -> Tensor:
         """(B, V): logits of each text's next token."""
-        starts = [first + window_start(self.end - first, self.context_len, self.slide) for first in self.first]
-        left = min(starts)
-        if starts != self.starts:
-            self.starts = starts
-            self.pad = None if max(starts) == left else torch.tensor(starts, device=self.tokens.device) - left
+        start = window_start(self.end, self.context_len, self.slide)
+        if start != self.start:
+            self.start = start
             if self.cache is not None:
                 self.cache.clear()
-        known = left + (self.cache.length if self.cache is not None else 0)
-        return self.model(self.tokens[:, known : self.end], pad=self.pad, cache=self.cache)[:, -1]
+        known = start + (self.cache.length if self.cache is not None else 0)
+        return self.model(self.tokens[:, known : self.end], cache=self.cache)[:, -1]
 
     def penalize(self, logits: Tensor, penalty: float) -> Tensor:
         """(B, V) logits after the repetition penalty for all tokens of each text."""
@@ -279,71 +193,45 @@ class SlidingContext:
         self.end += 1
 
     def select(self, rows: Tensor) -> None:
-        """Row b becomes a copy of row rows[b]; there may be more rows than before, or fewer. Needs equal lengths."""
+        """Row b becomes a copy of row rows[b]; there may be more rows than before, or fewer."""
         if self.cache is not None:
             same = (self.tokens[:, : self.end] == self.tokens[0, : self.end]).all(0)  # columns all rows agree on
-            shared = int(same.long().cumprod(0).sum()) - min(self.starts)
-            self.cache.reorder(rows, max(0, shared))
+            self.cache.reorder(rows, max(0, int(same.long().cumprod(0).sum()) - self.start))
         self.tokens = self.tokens[rows]
-        self.first, self.starts = self.first[:1] * len(rows), self.starts[:1] * len(rows)
 
 
 # ------------------------------------------------------------------------------------------------- decoding
+@torch.inference_mode()
 def decode(
     model: GPT,
-    prompts: Sequence[Tensor],
+    prompts: Tensor,
     config: DecodingConfig | None = None,
     *,
     max_out_tokens: int,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    stop: Callable[[list[int]], bool] | None = None,
     **settings,
-) -> Iterator[Tensor]:
-    """Continue B prompts of ids, (T,) each and of any lengths: yields the next token of each, (B,), as it is drawn.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Continue prompts of ids (B, T): yield the next token of each, (B,), and the network's probabilities (B, V).
 
-    `settings` are fields of DecodingConfig and replace those of `config`. A row ends with [END], or when
-    stop(the ids written in this row) is true, and holds [PAD] from then on; the iterator ends with the last row, or
-    after max_out_tokens. The repetition penalty counts the tokens of the prompt as well. `generator`: see
-    logits.row_generators; a row's text does not depend on the batch. Raises ArgumentError for bad values, and
-    ValueError for a prompt that cannot be read, at the call and not at the first token.
+    `settings` are fields of DecodingConfig and replace those of `config`. A row ends with [END], and holds [END] from
+    then on; the iterator ends with the last row, or after max_out_tokens. The repetition penalty counts the tokens of
+    the prompt as well. `generator`: see logits.row_generators; a row's text does not depend on the batch.
+    Raises ArgumentError for bad values, and ValueError for a prompt that cannot be read, at the first token.
     """
     config = replace(config or DecodingConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
     context = SlidingContext(model, prompts, max_out_tokens, config.context_len, config.slide, config.use_cache)
-    generators = row_generators(generator, context.tokens, PAD_ID)
-    return decoding_loop(context, config, generators, max_out_tokens, stop)
-
-
-@torch.inference_mode()
-def decoding_loop(
-    context: SlidingContext,
-    config: DecodingConfig,
-    generators: list[torch.Generator],
-    max_out_tokens: int,
-    stop: Callable[[list[int]], bool] | None,
-) -> Iterator[Tensor]:
-    """The loop of `decode`: logits, one token a row, append, until every row has ended."""
-    written: list[list[int]] = [[] for _ in context.tokens]
-    ended = [False for _ in context.tokens]
+    generators = row_generators(generator, prompts)
+    ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
     for _ in range(max_out_tokens):
-        tokens = draw_next(context, config, generators)
-        if any(ended):
-            tokens = tokens.masked_fill(torch.tensor(ended, device=tokens.device), PAD_ID)
-        yield tokens
-        for row, token in enumerate(tokens.tolist()):
-            written[row].append(token)
-            ended[row] = ended[row] or token == END_ID or (stop is not None and stop(written[row]))
-        if all(ended):
+        logits = context.penalize(context.next_logits(), config.repetition_penalty).cpu()  # (B, V)
+        tokens = draw_tokens(in_float64(logits), torch.ones_like(ended), generators, config)
+        tokens = tokens.masked_fill(ended[:, 0], END_ID)
+        yield tokens, in_float64(logits).softmax(-1)
+        ended |= tokens[:, None] == END_ID
+        if ended.all():
             return
         context.append(tokens)
-
-
-def draw_next(context: SlidingContext, config: DecodingConfig, generators: list[torch.Generator]) -> Tensor:
-    """(B,): the next token of each row. Temperature 0 takes the likeliest and draws no random number."""
-    logits = context.penalize(context.next_logits(), config.repetition_penalty)  # (B, V)
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    return draw(probabilities(logits, config), uniforms(generators)).to(context.tokens.device)
 
 
 # ------------------------------------------------------------------------------------------------- beam search
@@ -359,7 +247,7 @@ def beam_search(
     """
     config = replace(config or BeamConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
-    context = SlidingContext(model, [prompt], max_out_tokens, config.context_len, config.slide)
+    context = SlidingContext(model, prompt[None], max_out_tokens, config.context_len, config.slide)
     scores = torch.zeros(1, device=context.tokens.device)  # (beams,) log-probabilities: one beam until the first step
     finished: list[tuple[float, Tensor]] = [] if max_out_tokens else [(0.0, context.tokens[0])]
     for n in range(1, max_out_tokens + 1):
@@ -400,7 +288,7 @@ def search_is_over(config: BeamConfig, finished: list[float], best_running: floa
     """
     if len(finished) < config.num_beams:
         return False
-    if config.early_stopping is True:
+    if config.early_stopping == "yes":
         return True
     if config.early_stopping == "never" and config.length_penalty > 0:
         length = limit

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import SWEEP_STEPS
 from data import Rows
 from likelihood import Likelihood, Predict, conditional_bound, likelihood_bound
 from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID
 
 MIN_T = 1e-3  # t is drawn from [MIN_T, 1], so that 1/t stays finite
-SWEEP_STEPS = 16  # of the default sampler's sweep, unmasking.STRIDE
-SWEEP_DECAY = 0.7  # what a position counts in the loss of a sweep, for each step that it is ahead
+SWEEP_DECAY = 0.7  # in the loss of a sweep a position's weight decays with the steps until it is revealed
 T_POWER = 2.0  # training draws t = u^2: lightly masked windows have the noisiest losses, so they are drawn more often
 
 
@@ -62,52 +62,46 @@ def forward_process(
 
 # ------------------------------------------------------------------------------------------------- training loss
 def compute_llada_loss(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    t: float | Tensor,
-    density: float | Tensor = 1.0,
-    units: Tensor | None = None,
+    logits: Tensor, targets: Tensor, mask: Tensor, t: float | Tensor, units: Tensor | None = None
 ) -> Tensor:
     """LLaDA's loss (arXiv 2502.09992, eq. 3): (1/(B T)) sum over masked positions of cross-entropy / t.
 
-    logits (B, T, V), or (N, V) for just the N masked positions in order; targets and mask (B, T); t a float or (B,).
+    logits (B, T, V), or (N, V) for just the N masked positions in order; targets (B, T). mask: (B, T) bool, or the N
+    masked positions counted through all rows (a GPU need not be waited for). t: a float, (B,), or (B, T) if positions
+    were masked with probabilities of their own; a t that was not drawn uniformly must be multiplied by its density.
+
     In expectation over t and masks it is an upper bound on the negative log-likelihood, in nats/token. The sum is
     divided by all B T tokens, never by the number of masked ones, and by t once. Any other division weights sequences
-    by their t, and the result bounds nothing. `density` is that of t if it was not drawn uniformly (importance
-    sampling). With `units` (B,), the sum is divided by their sum and not by B T: with each row's characters of text,
-    the loss is in nats/character.
+    by their t, and the result bounds nothing. With `units` (B,), the sum is divided by their sum and not by B T: with
+    each row's characters of text, the loss is in nats/character.
     """
-    t = torch.as_tensor(t, dtype=logits.dtype, device=targets.device).expand(len(targets))  # (B,)
-    weights = (1 / (t * density))[:, None].expand_as(mask)
-    return masked_cross_entropy(logits, targets, mask, weights) / (mask.numel() if units is None else units.sum())
-
-
-def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights (B, T) times cross-entropy, in nats, over the masked positions. Logits: see above."""
+    at = mask.flatten().nonzero()[:, 0] if mask.dtype == torch.bool else mask  # (N,)
     if logits.dim() == 3:
-        logits = logits[mask]
-    losses = F.cross_entropy(logits, targets[mask], reduction="none")  # (N,)
-    return (losses * weights[mask]).sum()
+        logits = logits.flatten(0, 1)[at]
+    t = torch.as_tensor(t, dtype=logits.dtype, device=logits.device)
+    t = (t[:, None] if t.dim() == 1 else t).expand_as(targets).flatten()[at]  # (N,)
+    losses = F.cross_entropy(logits, targets.flatten()[at], reduction="none")
+    return (losses / t).sum() / (targets.numel() if units is None else units.sum())
 
 
 def sweep_masks(
     may_mask: Tensor, generator: torch.Generator | None = None, steps: int = SWEEP_STEPS, decay: float = SWEEP_DECAY
 ) -> tuple[Tensor, Tensor]:
-    """What the sweep's network evaluations see: masks (B, T) as at a random step k of it, and weights for the loss.
+    """Masks (B, T) at a random step k of the sweep, by which text is written, and t (B, T) for the loss.
 
     may_mask (B, T): what is to be written. The sweep reveals positions k, k + steps, k + 2 steps, ... of these at step
-    k; here it begins anywhere, so that all positions are alike. A position that is revealed next has weight 1, one that
-    is revealed d steps later decay^d. Weights are scaled to the row's number of positions: a row's loss is then one in
-    nats/token. With decay 0 its mean over k is the exact negative log-likelihood of such a sweep.
+    k; here it begins anywhere, so that all positions are alike. A position's weight 1/t decays with the number of steps
+    until it is revealed, decay^d. A constant makes the mean weight of a position 1. With decay 0 only what is revealed
+    next counts: the mean over k is then the exact negative log-likelihood of such a sweep, for any number of positions.
     """
     B = len(may_mask)
     k = ((torch.randperm(B, generator=generator) + torch.rand(1, generator=generator)) / B * steps).long()  # stratified
     first = torch.randint(steps, (B, 1), generator=generator)
     ahead = (may_mask.cumsum(1) - 1 + first) % steps - k[:, None]  # in how many steps it is revealed; < 0: it was
     mask = may_mask & (ahead >= 0)
-    weights = decay ** ahead.clamp(min=0).float() * mask
-    return mask, weights * (may_mask.sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1e-9))
+    d = torch.arange(steps)
+    mean_weight = ((steps - d) * decay**d).sum() / steps**2  # over k and over the turns of a position
+    return mask, torch.where(mask, mean_weight / decay ** ahead.clamp(min=0).float(), torch.inf)
 
 
 # ------------------------------------------------------------------------------------------------- segments and pairs
@@ -134,49 +128,65 @@ def with_start(predict: Predict) -> Predict:
 
 # ------------------------------------------------------------------------------------------------- for the trainer
 class MaskedBatch(NamedTuple):
-    """A training batch: everything random in it has been drawn."""
+    """A batch: everything random in it has been drawn."""
 
     inputs: Tensor  # (B, T) with [MASK]s
     targets: Tensor  # (B, T)
-    mask: Tensor  # (B, T) bool
-    weights: Tensor  # (B, T) of the masked positions' cross-entropies
+    mask: Tensor  # (B, T) bool; on the device: (N,), the masked positions counted through all rows
+    t: Tensor  # (B, T) the probabilities by which the masked positions' cross-entropies are divided
     units: Tensor  # (B,) the mean number of characters in a row of the whole batch: its parts weigh alike
+
+    def on(self, device: torch.device) -> "MaskedBatch":
+        """The batch on a device. Positions are counted on the CPU, before: a GPU need not be waited for."""
+        batch = self._replace(mask=self.mask.flatten().nonzero()[:, 0])
+        return MaskedBatch(*(x.to(device, non_blocking=True) for x in batch))
 
 
 @dataclass(frozen=True)
 class DiffusionObjective:
     """LLaDA's side of what differs between the two objectives.
 
-    sweep_share: the share of rows that are masked in training as the default sampler meets them, and not at random.
+    sweep_share: the share of rows in training whose masks are those of a random step of the sweep.
     """
 
     sweep_share: float = 0.0
     is_bound: ClassVar[bool] = True  # losses and likelihoods are upper bounds
 
-    def make_batch(self, rows: Rows, generator: torch.Generator, is_training: bool = False) -> MaskedBatch:
-        """Rows -> a batch, each row masked at a random level, or as at a step of the sweep. What is given never is.
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """What is validated: the bound, and if the sweep is trained also the loss of what it writes."""
+        return ("val_loss", "sampler_loss") if self.sweep_share else ("val_loss",)
 
-        Not in training there are no sweeps: the loss is LLaDA's.
+    def make_batch(self, rows: Rows, generator: torch.Generator, purpose: str = "val_loss") -> MaskedBatch:
+        """Rows -> a batch. What is given is never masked.
+
+        purpose: "val_loss", each row masked at a random level: LLaDA's bound. "train_loss": a share of the rows as at a
+        step of the sweep. "sampler_loss": all of them, and only what is revealed next counts: exact in expectation.
         """
         targets, may_mask = full_context(rows)
-        n = round(self.sweep_share * len(targets)) if is_training else 0
-        t = sample_t(len(targets) - n, generator, power=T_POWER)
-        _, mask = forward_process(targets[n:], t, MASK_ID, generator)
-        weights = (1 / (t * density_of_t(t, T_POWER)))[:, None].expand_as(mask)
+        n = round({"val_loss": 0.0, "train_loss": self.sweep_share, "sampler_loss": 1.0}[purpose] * len(targets))
+        u = sample_t(len(targets) - n, generator, power=T_POWER)
+        _, mask = forward_process(targets[n:], u, MASK_ID, generator)
+        t = (u * density_of_t(u, T_POWER))[:, None].expand_as(mask)
         if n:
-            sweeps, sweep_weights = sweep_masks(may_mask[:n], generator)
-            mask, weights = torch.cat([sweeps, mask]), torch.cat([sweep_weights, weights])
-        mask &= may_mask
+            decay = 0.0 if purpose == "sampler_loss" else SWEEP_DECAY
+            sweeps, sweep_t = sweep_masks(may_mask[:n], generator, decay=decay)
+            mask, t = torch.cat([sweeps, mask]), torch.cat([sweep_t, t])
+        mask = mask & may_mask
         units = rows.characters.float().mean().expand(len(targets))
-        return MaskedBatch(targets.masked_fill(mask, MASK_ID), targets, mask, weights, units)
+        return MaskedBatch(targets.masked_fill(mask, MASK_ID), targets, mask, t, units)
 
     def predict(self, model: Callable[..., Tensor], batch: MaskedBatch) -> Tensor:
         """Logits (N, V) of the masked positions alone: the model's last MLP and head skip the others."""
         return model(batch.inputs, at=batch.mask)
 
     def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
-        """nats/character; without sweeps an upper bound in expectation."""
-        return masked_cross_entropy(logits, batch.targets, batch.mask, batch.weights) / batch.units.sum()
+        """nats/character, see `make_batch`."""
+        return compute_llada_loss(logits, batch.targets, batch.mask, batch.t, batch.units)
+
+    def weighted_targets(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """(N,) targets and (N,) weights: `loss` is the sum of weights times cross-entropies."""
+        return batch.targets.flatten()[batch.mask], 1 / batch.t.flatten()[batch.mask] / batch.units.sum()
 
     def likelihood(
         self, predict: Predict, batches: list[Rows], *, pairs: int = 8, batch_size: int = 128, seed: int = 0

@@ -1,21 +1,19 @@
-"""The layers of the default network (arch="rotary"): attention, short convolution, n-gram tables, key/value cache.
+"""The layers of the network, each `forward(x, context)`: attention, short convolution, n-gram tables, key/value cache.
 
-At the end: the parametrizations of weights that fine-tuning uses, for both architectures.
-
-Layers take sizes and know no configuration. Parameters that project onto the residual stream start at zero.
+A `Context` is what a layer needs to know of a call besides its input. It is made once per call of the model.
+Layers take sizes and know no configuration. What a new layer adds to its input is zero.
 
 Letters: B batch, T positions, S positions that attention sees, V vocabulary, C embedding, H heads, D = C / H, L layers,
-K taps of the convolution, N chosen positions.
+K taps of the convolution, W numbers in a row of an n-gram table.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 
 TAPS = 5  # K, positions that the convolution sees: t-4..t (causal) or t-2..t+2 (centred)
 NGRAMS = {  # causal? -> the offsets of the tokens that make each kind of n-gram
@@ -23,76 +21,14 @@ NGRAMS = {  # causal? -> the offsets of the tokens that make each kind of n-gram
     False: ((-1, 0, 1), (-2, -1, 0, 1), (-1, 0, 1, 2), (-3, -2, -1, 0, 1), (-1, 0, 1, 2, 3)),
 }
 REACH = -min(map(min, NGRAMS[True]))  # how many earlier tokens the causal n-grams need
-BORDER = 8  # the last positions of a stream, which have n-grams with the beginning of the next stream
-BORDER_NGRAMS = ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2))  # tokens to the left, and of the next stream
-LEFT, RIGHT = (max(sizes) for sizes in zip(*BORDER_NGRAMS, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- streams
-@dataclass(frozen=True)
-class Streams:
-    """A window that is written in several places at once: `prefix` positions from left to right, then n streams.
-
-    Each stream has `length` positions. At step k position k of every stream is written. It may depend on the prefix and
-    on the positions before k of all streams:
-
-        prefix 2, length 3:   position   0  1  2  3  4  5  6  7
-                              step       -  -  0  1  2  0  1  2
-    """
-
-    prefix: int
-    length: int
-
-    def steps(self, T: int, device=None) -> Tensor:
-        """(T,) the step at which each position is read; those of the prefix have negative ones, in order."""
-        positions = torch.arange(T, device=device) - self.prefix
-        return torch.where(positions < 0, positions, positions % self.length)
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, ...) -> what is read without a gap: prefix and first stream (B, prefix + length, ...), and the other
-        streams (B * (n - 1), length, ...)."""
-        end = self.prefix + self.length
-        return x[:, :end], x[:, end:].reshape(-1, self.length, *x.shape[2:])
-
-    @property
-    def border(self) -> int:
-        """The position at which a stream's border begins: there the next stream's first tokens are known."""
-        return max(self.length - BORDER, RIGHT)
-
-    def join(self, first: Tensor, others: Tensor) -> Tensor:
-        """The inverse of `split`."""
-        return torch.cat([first, others.reshape(len(first), -1, *first.shape[2:])], dim=1)
-
-
-# ------------------------------------------------------------------------------------------------- mask and cache
-def attention_mask(
-    T: int, offset: int, pad: Tensor | None, causal: bool, device, streams: Streams | None = None
-) -> Tensor | None:
-    """Which keys each query may see: bool, broadcastable to (B, 1, T, offset + T); None means all of them.
-
-    The T queries stand at columns offset..offset+T-1. The first pad[b] columns of row b are padding. A padding column
-    is visible only to itself: a query needs at least one key, or its softmax is 0/0. With streams, a causal query sees
-    the keys that are read before it or with it.
-    """
-    if streams is not None:
-        steps = streams.steps(T, device)
-        return steps <= steps[:, None]
-    if pad is None and (not causal or T == 1):
-        return None
-    queries = torch.arange(offset, offset + T, device=device)[:, None]  # (T, 1)
-    keys = torch.arange(offset + T, device=device)  # (S,)
-    visible = keys <= queries if causal else torch.ones_like(keys <= queries)  # (T, S)
-    if pad is None:
-        return visible
-    return visible & (keys >= pad[:, None, None, None]) | (keys == queries)  # (B, 1, T, S)
-
-
+# ------------------------------------------------------------------------------------------------- context and cache
 class KeyValueCache:
     """What a causal model keeps of the columns it has processed, preallocated so that nothing is concatenated.
 
     `keys`, `values`: L tensors (B, H, max_len, D); `inputs` (L, B, K-1, C): the last inputs of each layer's
-    convolution; `tokens` (B, REACH): the last tokens, for the n-grams; `length`: columns filled, left padding included.
-    With streams, columns are in the order in which they were read.
+    convolution; `tokens` (B, REACH): the last tokens, for the n-grams; `length`: columns filled.
     """
 
     def __init__(self, batch_size: int, n_layer: int, n_head: int, head_dim: int, max_len: int, device="cpu"):
@@ -101,18 +37,7 @@ class KeyValueCache:
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.inputs = torch.zeros(n_layer, batch_size, TAPS - 1, n_head * head_dim, device=device)
         self.tokens = torch.zeros(batch_size, REACH, device=device, dtype=torch.long)
-        self.beginnings: Tensor | None = None  # (B, n, RIGHT) the first tokens of each stream, once there are streams
         self.length = 0
-
-    def open_streams(self, n: int) -> None:
-        """Continue every row in n streams: the first follows what is there, the others see it through attention alone.
-
-        `inputs` and `tokens` get n rows for each row: (L, B * n, K-1, C) and (B * n, REACH).
-        """
-        B = len(self.tokens)
-        self.tokens = F.pad(self.tokens[:, None], (0, 0, 0, n - 1)).flatten(0, 1)
-        self.inputs = F.pad(self.inputs[:, :, None], (0, 0, 0, 0, 0, n - 1)).flatten(1, 2)
-        self.beginnings = torch.zeros(B, n, RIGHT, device=self.tokens.device, dtype=torch.long)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values after the `length` stored ones; return all of them, (B, H, S, D)."""
@@ -140,6 +65,20 @@ class KeyValueCache:
         self.length = 0
         self.inputs.zero_()
         self.tokens.zero_()
+
+
+@dataclass
+class Context:
+    """What the layers need to know of a call. Made once per call of the model; no layer knows what made it."""
+
+    rotations: Tensor  # (T, D/2, 2) of the positions of x
+    mask: Tensor | None = None  # (T, S) bool: which positions each one sees; None: all, or those up to it
+    is_causal: bool = False  # each sees those up to it (the attention kernel makes that mask itself)
+    cache: KeyValueCache | None = None  # what came before x, which is added to it
+
+    def local(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function` of x (B, T, ...), for a function that takes neighbours in a row for neighbours in the text."""
+        return function(x)
 
 
 # ------------------------------------------------------------------------------------------------- functions
@@ -189,126 +128,67 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
-def select(x: Tensor, at: Tensor | None) -> Tensor:
-    """x (B, T, C), or (N, C) of the positions `at` (N,), which are counted through all rows."""
-    return x if at is None else x.flatten(0, 1).index_select(0, at)
+# ------------------------------------------------------------------------------------------------- layers
+class NgramEmbedding(nn.Module):
+    """The sum of an embedding for each kind of n-gram around a position, from hashed tables that start at zero.
 
-
-class NgramTables(nn.Module):
-    """Embeddings of n-grams, from hashed tables that start at zero.
-
-    The row of an n-gram is the number that its tokens spell in this base, modulo the rows. Every kind has its own
-    table, so that a rare long n-gram never shares a row with a frequent short one. With base = V, different n-grams are
+    The row of an n-gram is the number that its tokens spell in `base`, modulo the rows. Every kind has its own table,
+    so that a rare long n-gram never shares a row with a frequent short one. With base = V, different n-grams are
     different numbers. A base that stays when V grows keeps the rows of the old n-grams.
+
+    width > 0: rows of that many numbers, mapped up to C by one matrix. Most of a model's size is in these tables.
     """
 
-    def __init__(self, kinds: list[list[int]], width: int, base: int, n_embd: int, rows: int, dropout: float):
-        """kinds: the columns, of `width` ones, that make each kind of n-gram."""
+    def __init__(self, base: int, n_embd: int, rows: int, width: int, dropout: float, causal: bool):
         super().__init__()
-        self.rows = rows
-        digits = torch.zeros(len(kinds), width, dtype=torch.long)  # (n, W) place values
-        for row, columns in zip(digits, kinds, strict=True):
-            for place, column in enumerate(reversed(columns)):
-                row[column] = pow(base, place, rows)
+        kinds = NGRAMS[causal]
+        self.left, self.right, self.rows = -min(map(min, kinds)), max(map(max, kinds)), rows
+        digits = torch.zeros(len(kinds), self.left + 1 + self.right, dtype=torch.long)  # (kinds, window) place values
+        for row, offsets in zip(digits, kinds, strict=True):
+            for place, offset in enumerate(reversed(offsets)):
+                row[self.left + offset] = pow(base, place, rows)
         self.register_buffer("digits", digits, persistent=False)
         self.register_buffer("first_rows", rows * torch.arange(len(kinds)), persistent=False)
-        zeros = torch.zeros(rows * len(kinds), n_embd)
+        zeros = torch.zeros(rows * len(kinds), width or n_embd)
         self.tables = nn.EmbeddingBag.from_pretrained(zeros, freeze=False, mode="sum")
+        self.up = nn.Linear(width, n_embd, bias=False) if width else nn.Identity()
+        for weight in self.up.parameters():
+            nn.init.normal_(weight, std=n_embd**-0.5)
         self.dropout = nn.Dropout(dropout)
 
-    def lookup(self, windows: Tensor) -> Tensor:
-        """windows (..., W) of tokens -> (..., C), the sum over all kinds."""
-        rows = (windows[..., None, :] * self.digits).sum(-1) % self.rows + self.first_rows  # (..., n)
-        if torch.compiler.is_compiling() and rows.numel() == len(self.digits):  # compilers cannot fuse the bag's kernel
-            return self.tables.weight[rows].sum(-2)
-        embeddings = self.tables(rows.flatten(0, -2))  # (positions, C)
-        return self.dropout(embeddings.view(*windows.shape[:-1], embeddings.shape[-1]))
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """tokens (B, T) -> (B, T, C). Left of a text without a cache stand [PAD]s (0), as right of LLaDA's."""
+        return context.local(lambda x: self.embed(x, context.cache and context.cache.tokens), tokens)
 
-
-class NgramEmbedding(NgramTables):
-    """The sum of an embedding for each kind of n-gram around a position."""
-
-    def __init__(self, base: int, n_embd: int, rows: int, dropout: float, causal: bool):
-        kinds = NGRAMS[causal]
-        self.left, self.right = -min(map(min, kinds)), max(map(max, kinds))
-        columns = [[self.left + offset for offset in offsets] for offsets in kinds]
-        super().__init__(columns, self.left + 1 + self.right, base, n_embd, rows, dropout)
-
-    def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). `before` (B, left): the tokens on the left (default: [PAD] = 0), updated in place.
-
-        Streams: tokens (B, n), one of each, and `before` (B * n, left).
-        """
+    def embed(self, tokens: Tensor, before: Tensor | None) -> Tensor:
+        """`before` (B, left): the tokens on the left, updated in place."""
         B, T = tokens.shape
         if before is None:
             tokens = F.pad(tokens, (self.left, self.right))
         else:
-            tokens = torch.cat([before, tokens.reshape(len(before), -1)], dim=1)
+            tokens = torch.cat([before, tokens], dim=1)
             before.copy_(tokens[:, -self.left :])
-        return self.lookup(tokens.unfold(1, self.left + 1 + self.right, 1)).view(B, T, -1)
-
-
-class BorderEmbedding(NgramTables):
-    """The sum of an embedding for each kind of n-gram across the right border of a stream.
-
-    It is made of the last tokens of a stream, the first ones of the next stream, and how many positions lie between.
-    """
-
-    def __init__(self, base: int, n_embd: int, rows: int, dropout: float):
-        kinds = [[*range(LEFT - left, LEFT + right), LEFT + RIGHT] for left, right in BORDER_NGRAMS]
-        super().__init__(kinds, LEFT + RIGHT + 1, base, n_embd, rows, dropout)
-
-    def forward(self, tokens: Tensor, streams: Streams) -> Tensor:
-        """tokens (B, T), of streams (B, n, length) at the end -> (B, T, C); 0 at positions far from a border."""
-        (B, T), first = tokens.shape, streams.border
-        if first >= streams.length:
-            return torch.zeros(B, T, self.tables.embedding_dim, device=tokens.device)
-        x = tokens[:, streams.prefix :].view(B, -1, streams.length)
-        left = F.pad(x[:, :-1], (LEFT - 1, 0)).unfold(2, LEFT, 1)[:, :, first:]  # (B, n - 1, D, LEFT)
-        e = self.near_border(left, x[:, 1:, 1 : RIGHT + 1], torch.arange(streams.length - first, 0, -1))  # BORDER..1
-        e = F.pad(e, (0, 0, first, 0, 0, 1)).flatten(1, 2)  # (B, n * length, C)
-        return F.pad(e, (0, 0, streams.prefix, 0))
-
-    def step(self, streams: Streams, k: int, cache: KeyValueCache) -> Tensor | float:
-        """The same for position k of every stream, (B, n, C), from what the cache keeps of the tokens; it is there too.
-
-        The first tokens of the streams are kept in the cache here.
-        """
-        B, n, _ = cache.beginnings.shape
-        tokens = cache.tokens.view(B, n, -1)
-        if 1 <= k <= RIGHT:
-            cache.beginnings[..., k - 1] = tokens[..., -1]
-        if k < streams.border:
-            return 0.0
-        distance = torch.tensor([streams.length - k])
-        e = self.near_border(tokens[:, :-1, None, -LEFT:], cache.beginnings[:, 1:], distance)
-        return F.pad(e[:, :, 0], (0, 0, 0, 1))
-
-    def near_border(self, left: Tensor, right: Tensor, distance: Tensor) -> Tensor:
-        """left (B, n - 1, D, LEFT), right (B, n - 1, RIGHT), distance (D,) to the border -> (B, n - 1, D, C)."""
-        D = len(distance)
-        right = right[:, :, None].expand(-1, -1, D, -1)
-        distance = distance.to(left.device)[:, None].expand(*left.shape[:3], 1)
-        return self.lookup(torch.cat([left, right, distance], dim=-1))
+        windows = tokens.unfold(1, self.left + 1 + self.right, 1)  # (B, T, window)
+        rows = (windows[..., None, :] * self.digits).sum(-1) % self.rows + self.first_rows  # (B, T, kinds)
+        if torch.compiler.is_compiling() and B * T == 1:  # compilers cannot fuse the bag's kernel
+            return self.up(self.tables.weight[rows].sum(-2))
+        return self.up(self.dropout(self.tables(rows.flatten(0, 1)).view(B, T, -1)))
 
 
 class ShortConvolution(nn.Module):
     """A depthwise convolution over K neighbouring positions that starts at zero."""
 
-    def __init__(self, n_embd: int, causal: bool):
+    def __init__(self, n_embd: int, causal: bool, layer: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n_embd, TAPS))
-        self.padding = TAPS - 1 if causal else TAPS // 2
+        self.padding, self.layer = TAPS - 1 if causal else TAPS // 2, layer
 
-    def forward(self, x: Tensor, before: Tensor | None = None, streams: Streams | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `before` (B, K-1, C): the inputs left of x (default: 0), updated in place.
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C). Left of a text without a cache stand zeros."""
+        return context.local(lambda x: self.convolve(x, context.cache and context.cache.inputs[self.layer]), x)
 
-        With both, x (B, n, C) is one position of each stream, and `before` (B * n, K-1, C).
-        """
-        if streams is not None and before is None:
-            return streams.join(*map(self.forward, streams.split(x)))
-        if streams is not None:
-            return self.forward(x.flatten(0, 1)[:, None], before).view_as(x)
+    def convolve(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """`before` (B, K-1, C): the inputs on the left, updated in place."""
         (_, T, C), padding = x.shape, self.padding
         if before is not None:
             x, padding = torch.cat([before, x], dim=1), 0
@@ -327,36 +207,23 @@ class Attention(nn.Module):
     `layer` is the number of the layer, under which its keys and values stand in the cache.
     """
 
-    def __init__(self, n_embd: int, n_head: int, causal: bool, layer: int):
+    def __init__(self, n_embd: int, n_head: int, layer: int):
         super().__init__()
-        self.n_head, self.causal, self.layer = n_head, causal, layer
+        self.n_head, self.layer = n_head, layer
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         nn.init.zeros_(self.proj.weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotations: Tensor,
-        pad: Tensor | None,
-        cache: KeyValueCache | None,
-        at: Tensor | None,
-        streams: Streams | None = None,
-    ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (N, C) of the positions `at` (N,), which are counted through all rows."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
         (B, T, C), H = x.shape, self.n_head
         qk, v = linear(x, self.qkv).view(B, T, 3 * H, C // H).split((2 * H, H), dim=2)
-        qk = rotate(norm(qk), rotations).to(v.dtype)  # QK-norm (arXiv 2302.05442), then RoPE
+        qk = rotate(norm(qk), context.rotations).to(v.dtype)  # QK-norm (arXiv 2302.05442), then RoPE
         q, k, v = (heads.transpose(1, 2) for heads in (*qk.split(H, dim=2), v))  # (B, H, T, D) each
-        offset = 0
-        if cache is not None:
-            offset = cache.length
-            k, v = cache.extend(self.layer, k, v)
-        is_causal = self.causal and offset == 0 and pad is None and streams is None  # SDPA makes that mask itself
-        sees_all = streams is not None and cache is not None  # whatever was read so far, in all streams
-        mask = None if is_causal or sees_all else attention_mask(T, offset, pad, self.causal, x.device, streams)
-        out = attend(q, k, v, mask, is_causal).transpose(1, 2).reshape(B, T, C)
-        return linear(select(out, at), self.proj)
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v)
+        out = attend(q, k, v, context.mask, context.is_causal)
+        return linear(out.transpose(1, 2).reshape(B, T, C), self.proj)
 
 
 class MLP(nn.Module):
@@ -373,78 +240,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: short convolution, attention and MLP, each added to the residual stream."""
+    """One layer: `mix` lets positions see each other, `think` works on each alone. Both add to x."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float, causal: bool, layer: int):
         super().__init__()
-        self.layer = layer
-        self.conv = ShortConvolution(n_embd, causal)
-        self.attention = Attention(n_embd, n_head, causal, layer)
+        self.conv = ShortConvolution(n_embd, causal, layer)
+        self.attention = Attention(n_embd, n_head, layer)
         self.mlp = MLP(n_embd)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotations: Tensor,
-        pad: Tensor | None,
-        cache: KeyValueCache | None,
-        at: Tensor | None,
-        streams: Streams | None = None,
-    ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (N, C) of the positions `at` (N,), which are counted through all rows."""
-        x = x + self.conv(x, cache.inputs[self.layer] if cache is not None else None, streams)
-        x = select(x, at) + self.dropout(self.attention(norm(x), rotations, pad, cache, at, streams))
+    def mix(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.conv(x, context)
+        return x + self.dropout(self.attention(norm(x), context))
+
+    def think(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C)."""
         return x + self.dropout(self.mlp(norm(x)))
 
-
-# ------------------------------------------------------------------------------------------------- parametrizations
-LORA_ALPHA = 16.0  # the adapters' scale is LORA_ALPHA / rank
-
-
-class LowRank(nn.Module):
-    """LoRA (arXiv 2106.09685): W (R, C) -> W + (alpha / r) B A, with B (R, r) and A (r, C), as a parametrization of W.
-
-    B starts at zero, so the weight is unchanged at first, bit for bit. A's entries have variance 1/C: A x is of the
-    size of x. The product is formed each time the weight is read: merge the adapters before decoding long texts.
-    """
-
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator | None = None):
-        super().__init__()
-        rows, columns = weight.shape
-        self.a = nn.Parameter(torch.randn(rank, columns, generator=generator) / math.sqrt(columns))
-        self.b = nn.Parameter(torch.zeros(rows, rank))
-        self.scale = LORA_ALPHA / rank
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.b @ self.a)
-
-
-class SplitRows(nn.Module):
-    """A weight kept in two parts, the rows of old tokens and the rows of new ones, so that one part can be frozen."""
-
-    def __init__(self, old: int):
-        super().__init__()
-        self.old = old
-
-    def forward(self, old: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([old, new])
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The two parts, from which `register_parametrization` makes the parameters original0 and original1."""
-        return weight[: self.old].clone(), weight[self.old :].clone()
-
-
-def matrices(encoder: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The (module, name of its weight) of all attention and MLP weights, of either architecture."""
-    for module in encoder.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            yield module, "in_proj_weight"
-        elif isinstance(module, nn.Linear):
-            yield module, "weight"
-
-
-def add_low_rank(encoder: nn.Module, rank: int, generator: torch.Generator | None = None) -> None:
-    """Give every attention and MLP weight an adapter."""
-    for module, name in list(matrices(encoder)):
-        register_parametrization(module, name, LowRank(getattr(module, name), rank, generator))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        return self.think(self.mix(x, context))

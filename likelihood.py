@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,23 +56,6 @@ class Likelihood:
         """95 % interval of `nats_per_char` over windows: the unit, as characters (and draws) inside one correlate."""
         half = half_width95(self.window_nats, self.characters)
         return self.nats_per_char - half, self.nats_per_char + half
-
-    @property
-    def mask_error(self) -> float:
-        """At most how much of the interval's half-width (nats/char) is due to the masks; 0 if exact.
-
-        Computed from how far a window's pairs of masks lie apart. Stratification makes the true share smaller. More
-        pairs reduce it; the rest is the spread of the text over windows, which only more text reduces. For windows of
-        the first length; infinite for a single pair.
-        """
-        if self.draws is None:
-            return 0.0
-        counts, means, all_masked = self.draws
-        (N, T), curve = all_masked.shape, self.curve
-        pairs = (means - curve[counts]).view(N, -1, 2).mean(2)  # (N, pairs)
-        if pairs.shape[1] < 2:
-            return math.inf
-        return 1.96 * (T - 1) / T * float((pairs.var(1) / pairs.shape[1]).sum().sqrt()) / N
 
     @classmethod
     def from_token_nats(cls, token_nats: list[Tensor], is_bound: bool = False) -> "Likelihood":
@@ -193,12 +175,13 @@ def curve_of(counts: Tensor, means: Tensor, all_masked: Tensor) -> Tensor:
 
 def cross_entropies(predict: Predict, inputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of targets (B, T) given inputs (B or 1, T): (B, T) float64 nats, on the CPU."""
-    return target_nats(predict(inputs).expand(len(targets), -1, -1), targets)
+    return target_nats(predict(inputs), targets)
 
 
 def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p of targets (B, T) under logits (B, T, V): (B, T) float64 nats, on the CPU."""
-    return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].cpu().double()
+    """-log p of targets (B, T) under logits (B or 1, T, V): (B, T) float64 nats, on the CPU."""
+    log_p = logits.log_softmax(-1).expand(len(targets), -1, -1)
+    return -log_p.gather(-1, targets[..., None])[..., 0].cpu().double()
 
 
 def pairs_needed(n_windows: int, T: int, pairs: int) -> int:
@@ -281,48 +264,6 @@ def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
         raise ValueError(f"a schedule for {len(curve) - 1} tokens must be counts of 0 or more with that sum")
     masked = n.flip(0).cumsum(0).flip(0)  # (K,) still masked when step k begins
     return float((n * curve[masked]).sum())
-
-
-def monotone(curve: Tensor) -> Tensor:
-    """c(m) smoothed to a curve that never falls, as an ideal predictor's cannot; c(0) stays 0.
-
-    The nearest non-decreasing steps in squares (pooling adjacent violators), joined by lines through their middles.
-    For drawing and for choosing schedules only; figures come from the curve itself.
-    """
-    pools: list[tuple[float, int]] = []  # sum and count of neighbouring values
-    for value in curve[1:].tolist():
-        pools.append((value, 1))
-        while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
-            (a, n), (b, k) = pools[-2:]
-            pools[-2:] = [(a + b, n + k)]
-    counts = np.array([count for _, count in pools])
-    middles = np.cumsum(counts) - (counts - 1) / 2  # the pool of values 1..count has its middle at (1 + count) / 2
-    smooth = np.interp(np.arange(1, len(curve)), middles, [total / count for total, count in pools])
-    return torch.tensor([0.0, *smooth]).to(curve)
-
-
-def optimal_schedules(curve: Tensor) -> list[list[int]]:
-    """The schedule of K steps with the lowest `schedule_bound`, for every K = 1..T, by dynamic programming.
-
-    best(k, m) = min over m' < m of (m - m') c(m) + best(k - 1, m'): O(T^3) in T vectorised steps.
-    """
-    T = len(curve) - 1
-    m = torch.arange(T + 1)
-    revealed = m[:, None] - m  # (m, m')
-    cost = torch.where(revealed > 0, revealed * curve[:, None], torch.inf)
-    best = torch.where(m == 0, 0.0, torch.inf).to(curve)
-    after = []  # after[k][m]: what stays masked after the first of the last k + 1 steps, with m masked before it
-    for _ in range(T):
-        best, argmin = (cost + best).min(1)
-        after.append(argmin.tolist())
-    schedules = []
-    for steps in range(1, T + 1):
-        masked, schedule = T, []
-        for k in reversed(range(steps)):
-            schedule.append(masked - after[k][masked])
-            masked = after[k][masked]
-        schedules.append(schedule)
-    return schedules
 
 
 # ------------------------------------------------------------------------------------------------- policies

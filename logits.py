@@ -7,47 +7,23 @@ Letters: B rows, N draws, V vocabulary.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LogitsConfig:
-    """How a token is drawn from logits; `sampler.SamplingConfig` and `autoregressive.DecodingConfig` extend it.
-
-    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens, top_p the smallest set of likeliest
-    tokens whose probability reaches p. repetition_penalty > 1 makes tokens that are already there less likely.
-    Raises ValueError for values out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be greater than 0, got {self.repetition_penalty}")
+from config import LogitsConfig
 
 
 # ------------------------------------------------------------------------------------------------- random streams
 def row_generators(
-    generator: torch.Generator | list[torch.Generator] | None, tokens: Tensor, pad_token_id: int | None = None
+    generator: torch.Generator | list[torch.Generator] | None, tokens: Sequence[Tensor]
 ) -> list[torch.Generator]:
-    """One CPU generator for each row of tokens (B, T).
+    """One CPU generator for each of B rows of tokens, (T,) each or together (B, T).
 
     A list of B generators is used as it is. From a single one (None: seed 0), row b's stream follows from a number
-    drawn from it, the row's own tokens (padding left out) and how many equal rows stand above it. So a row gives the
-    same text alone and in any batch, while equal rows still give different samples. Raises ValueError for a wrong
-    number of generators.
+    drawn from it, the row's own tokens and how many equal rows stand above it. So a row gives the same text alone and
+    in any batch, while equal rows still give different samples. Raises ValueError for a wrong number of generators.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != len(tokens):
@@ -58,23 +34,18 @@ def row_generators(
     key = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     copies: dict[bytes, int] = {}
     generators = []
-    for row in tokens.cpu():
-        content = (row if pad_token_id is None else row[row != pad_token_id]).numpy().tobytes()
+    for row in tokens:
+        content = row.cpu().numpy().tobytes()
         copies[content] = copies.get(content, -1) + 1
         digest = hashlib.blake2b(content + key.to_bytes(8, "big") + copies[content].to_bytes(8, "big"), digest_size=8)
         generators.append(torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1))
     return generators
 
 
-def uniforms(generators: list[torch.Generator]) -> Tensor:
-    """(B,) float64 uniforms in [0, 1), on the CPU: row b from its own generator."""
-    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators])
-
-
 def noise(generators: list[torch.Generator], where: Tensor) -> Tensor:
     """(B, T) float64: uniforms in [0, 1) where `where` (B, T) is true, else 0.
 
-    Row b draws exactly as many numbers as it needs from its own generator: padding costs none.
+    Row b draws exactly as many numbers as it needs from its own generator.
     """
     u = torch.zeros(where.shape, dtype=torch.float64)
     for row, (needed, generator) in enumerate(zip(where.cpu(), generators, strict=True)):
@@ -126,3 +97,23 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     cumulative = p.cumsum(-1)
     # u <= 1 - 2^-53, so the product is rounded to a number below the total: some cumulative probability is above it.
     return torch.searchsorted(cumulative, (u.to(p) * cumulative[..., -1])[..., None], right=True)[..., 0]
+
+
+def is_excluded(never: Sequence[int], over_vocabulary: Tensor) -> Tensor:
+    """(V,) bool: the ids that are never written, for a tensor (..., V). The mask's id may lie outside of it."""
+    ids = torch.arange(over_vocabulary.shape[-1], device=over_vocabulary.device)
+    return torch.isin(ids, torch.tensor(never, device=ids.device))
+
+
+def draw_tokens(
+    logits: Tensor, where: Tensor, generators: list[torch.Generator], config: LogitsConfig, never: Sequence[int] = ()
+) -> Tensor:
+    """One token for each of logits (N, V), the positions of where (B, T) in row-major order: (N,), none of `never`.
+
+    Temperature 0 takes the likeliest and draws no random number.
+    """
+    if len(never):
+        logits = logits.masked_fill(is_excluded(never, logits), -torch.inf)
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    return draw(probabilities(logits, config), noise(generators, where)[where]).to(where.device)

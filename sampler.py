@@ -1,145 +1,41 @@
 """The reverse process: from masked tokens to text, with any predictor `predict(tokens) -> logits`.
 
-A sampler makes three decisions, each a small function of its own: which positions to reveal and how many
-(unmasking.py), which tokens to write there (logits.py), and which written tokens to mask again (remasking, below).
-`reverse_process` is the entry; the loop itself is `unmask`.
+`reverse_process` is the loop. Beside it: which positions are revealed next (the orders), and how many (the plan).
+Which tokens are written is decided in logits.py.
 
-Letters: B rows, T positions, V vocabulary, N positions for which a token is drawn, n tokens written so far.
+Letters: B rows, T positions, V vocabulary, N candidates (all rows together), n masked positions, K steps.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from logits import LogitsConfig, draw, noise, penalize_repetition, probabilities, row_generators
-from unmasking import TURNS, Candidates, RowSchedule, ScheduledStep, UnmaskingPolicy
-from utils.errors import ArgumentError, check_number
+from config import SWEEP_STEPS, SamplingConfig
+from logits import draw_tokens, in_float64, is_excluded, noise, penalize_repetition, row_generators
+from utils.errors import ArgumentError
 
 Predict = Callable[[Tensor], Tensor]  # (B, T) -> (B, T, V), row by row
-
-
-# ------------------------------------------------------------------------------------------------- remasking
-# A step, eta and the confidences (n,) of the tokens written so far -> sigma (n,), their probabilities of being masked
-# again: ReMDM's schedules (arXiv 2503.00307, section 4). alpha_t is the share that is visible at time t.
-def sigma_max(step: ScheduledStep) -> float:
-    """The largest sigma that keeps the marginals: min(1, (1 - alpha_s) / alpha_t)."""
-    return min(1.0, step.s / (1 - step.t)) if step.t < 1 else 1.0
-
-
-def remask_random(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
-    """The falling rate 1 - alpha_s, the same for all."""
-    return torch.full_like(confidence, step.s)
-
-
-def remask_cap(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
-    """min(eta, sigma_max)."""
-    return torch.full_like(confidence, min(eta, sigma_max(step)))
-
-
-def remask_rescale(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
-    """eta sigma_max."""
-    return torch.full_like(confidence, eta * sigma_max(step))
-
-
-def remask_conf(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
-    """sigma_max distributed by softmax(-confidence): the least confident tokens first."""
-    return sigma_max(step) * (-confidence).softmax(0)
-
-
-def remask_loop(step: ScheduledStep, eta: float, confidence: Tensor) -> Tensor:
-    """As `cap` while time stands still (see `loop_schedule`), else nothing."""
-    return remask_cap(step, eta, confidence) if step.t == step.s else torch.zeros_like(confidence)
-
-
-REMASKERS: dict[str, Callable[[ScheduledStep, float, Tensor], Tensor]] = {
-    "random": remask_random,
-    "cap": remask_cap,
-    "rescale": remask_rescale,
-    "conf": remask_conf,
-    "loop": remask_loop,
-}
-LOOP_ON, LOOP_OFF, LOOP_MASKED = 0.55, 0.05, 0.1  # ReMDM's t_on, t_off and 1 - alpha_on
-
-
-def loop_schedule(steps: list[ScheduledStep], size: int) -> list[ScheduledStep]:
-    """ReMDM-loop's time for a block of `size` positions, in as many steps as given.
-
-    45 % of the steps lead down to a tenth masked, the last 5 % (at least one) from there to none, and in those between
-    time stands still. Fewer than three steps stay as they are.
-    """
-    K = len(steps)
-    if K < 3:
-        return steps
-    first, last = max(1, round(K * (1 - LOOP_ON))), max(1, round(K * LOOP_OFF))
-    shares = [1 - (1 - LOOP_MASKED) * k / first for k in range(first)] + [LOOP_MASKED] * max(K - first - last + 1, 1)
-    shares += [LOOP_MASKED * (1 - k / last) for k in range(1, last)] + [0.0]
-    return [ScheduledStep(steps[0].block, round(size * s), t, s) for t, s in pairwise(shares)]
-
-
-# ------------------------------------------------------------------------------------------------- settings, states
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig(UnmaskingPolicy, LogitsConfig):
-    """Everything that decides how masks become text. The defaults are LLaDA's published sampler (arXiv 2502.09992).
-
-    The unmasking policy's fields: see `UnmaskingPolicy`; temperature (here 0 by default), top_k, top_p and
-    repetition_penalty: see `LogitsConfig`. Confidence is the probability before temperature, top-k and top-p.
-
-    remask: a name in REMASKERS; eta: its strength. With order random and schedule ancestral these are ReMDM's
-        samplers; with other orders and schedules as many tokens are revealed as keep the schedule.
-    cfg_scale: unsupervised classifier-free guidance: logits = u + (cfg_scale + 1) (c - u), with u from the given tokens
-        masked (LLaDA, appendix A). It doubles the rows that the network reads.
-    slide: how far the window moves on over texts longer than the context (generation/infilling.py); None: half of it.
-
-    Raises ValueError (ArgumentError where it names an argument) for values that cannot be used together.
-    """
-
-    temperature: float = 0.0
-    remask: str | None = None
-    eta: float = 0.02
-    cfg_scale: float = 0.0
-    slide: int | None = None
-
-    def __post_init__(self):
-        UnmaskingPolicy.__post_init__(self)
-        LogitsConfig.__post_init__(self)
-        if self.remask is not None and self.remask not in REMASKERS:
-            raise ArgumentError("remask", f"must be one of {', '.join(REMASKERS)}, got {self.remask!r}")
-        if self.remask is not None and self.order in TURNS:
-            raise ArgumentError("remask", f"does not go with the {self.order} order, which reveals each position once")
-        check_number("eta", self.eta, low=0, high=1)
-        check_number("cfg_scale", self.cfg_scale, low=0)
-        if self.slide is not None:
-            check_number("slide", self.slide, low=1)
-
-    @property
-    def acts_at_every_step(self) -> bool:
-        """As in `UnmaskingPolicy`; remasking may act at any step."""
-        return self.remask is not None or super().acts_at_every_step
-
-    @property
-    def has_exact_likelihood(self) -> bool:
-        """Whether `policy_likelihood` is the exact likelihood of this sampler: it draws from the network's own p."""
-        plain = (self.temperature, self.top_k, self.top_p, self.repetition_penalty) == (1, None, None, 1)
-        return plain and self.remask is None and self.cfg_scale == 0 and super().has_exact_likelihood
+CORRECTION_STEPS = 8  # network evaluations of a correction pass: each masks every 8th written position
 
 
 @dataclass
 class Step:
-    """A state of the reverse process. Tensors are (B, T) if not marked otherwise, and the caller's own."""
+    """A state of the reverse process. Do not modify `tokens`: the process goes on from them."""
 
-    tokens: Tensor  # int64
-    revealed: Tensor  # bool: written at this step
-    remasked: Tensor  # bool: masked again at this step
-    confidence: Tensor  # float64: the network's probability of each token when it was written; 1 if given, 0 if masked
-    probabilities: Tensor  # (n, V) float64: the network's at the n positions written at this step, in row-major order
-    nfe: int  # network evaluations so far: calls of predict (a guided call holds each row twice, and is one)
-    evaluations: Tensor  # (B,) rows that the network has read for each of ours: guidance counts 2 a call
+    tokens: Tensor  # (B, T) int64, after the step
+    revealed: Tensor  # (B, T) bool: written at this step
+    masked: Tensor  # (B, T) bool, n true: what the network saw as [MASK] at this step
+    probabilities: Tensor  # (n, V) float64 at these positions, row-major; before temperature, top-k and top-p
+    nfe: int  # network evaluations so far: calls of predict; a guided call reads every row twice and counts as two
 
 
-# ------------------------------------------------------------------------------------------------- the reverse process
+# ------------------------------------------------------------------------------------------------- the loop
+@torch.no_grad()
 def reverse_process(
     predict: Predict,
     tokens: Tensor,
@@ -147,238 +43,267 @@ def reverse_process(
     config: SamplingConfig | None = None,
     *,
     never: Sequence[int] = (),
-    pad_token_id: int | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     **settings,
 ) -> Iterator[Step]:
     """Write a token wherever tokens (B, T) hold `mask_token_id`; yield the state after every step, the last unmasked.
 
-    predict maps (b, T) tokens to (b, T, V) logits for any rows of the batch. Visible tokens never change, wherever they
-    stand, unless remasking is asked for: then written ones may, given ones never. [MASK] itself and the ids in `never`
-    are never written. Rows may be padded at the left with `pad_token_id`.
-
-    config: how to sample, by default LLaDA's published sampler; `settings` are fields of SamplingConfig that replace
-    config's. generator: each row has its own random stream (see `row_generators`), so that its text does not depend on
-    the batch; None is seed 0. Raises ValueError at once for settings that fit neither each other nor the tokens.
+    predict maps (b, T) tokens to (b, T, V) logits for any rows of the batch. Given tokens never change, wherever they
+    stand. [MASK] itself and the ids in `never` are never written. config: how to sample; `settings` are fields of it
+    that replace its own. generator: each row has its own random stream (see `row_generators`), so that its text does
+    not depend on the batch. Raises ArgumentError, at the first step, for settings that do not fit the tokens.
     """
     config = replace(config or SamplingConfig(), **settings)
-    if tokens.dim() != 2:
-        raise ValueError(f"tokens must be of shape (B, T), got {tuple(tokens.shape)}")
-    generators = row_generators(generator, tokens, pad_token_id)
-    rows = [
-        RowProgress(config, masked, generator)
-        for masked, generator in zip(tokens == mask_token_id, generators, strict=True)
-    ]
-    guided = GuidedPredictor(predict, tokens, mask_token_id, config.cfg_scale, pad_token_id)
-    never = sorted({mask_token_id, *never})
-    return unmask(guided, config, rows, tokens.clone(), mask_token_id, never, left_padding(tokens, pad_token_id))
+    given, never, nfe = tokens != mask_token_id, sorted({mask_token_id, *never}), 0
+    generators, plan = row_generators(generator, tokens), make_plan(~given, config)
+
+    def look(masked: Tensor) -> tuple[Tensor, list[torch.Generator], Tensor]:
+        """One network evaluation of the rows that have masks: these rows, their generators, logits (n, V)."""
+        nonlocal nfe
+        nfe += 1 if config.cfg_scale == 0 else 2
+        rows = masked.any(1).nonzero()[:, 0]
+        seen = tokens.masked_fill(masked, mask_token_id)[rows]
+        logits = guided(predict, seen, given[rows], mask_token_id, config.cfg_scale)
+        logits = with_a_choice(in_float64(logits[masked[rows].to(logits.device)]).to(tokens.device), never)
+        return rows, [generators[b] for b in rows], penalized(logits, seen, masked[rows], config.repetition_penalty)
+
+    if given.all():
+        yield Step(tokens, ~given, ~given, torch.empty(0, 0, dtype=torch.float64), nfe)
+    while (masked := tokens == mask_token_id).any():
+        rows, own, logits = look(masked)  # 1. predict
+        p = logits.softmax(-1)
+        where, turn, count = plan.next(masked, rows)  # 2. candidates, and how many to reveal
+        inside = where[masked[rows]]  # (n,)
+        candidates = Candidates(where, turn, own, p[inside].masked_fill(is_excluded(never, p), 0.0))
+        if config.order == "drawn_confidence":  # the drawn tokens decide the positions
+            drawn = draw_tokens(logits[inside], where, own, config, never)
+            candidates.drawn_p = p[inside].gather(1, drawn[:, None])[:, 0]
+            chosen = choose(config, candidates, count)
+            written = drawn[chosen[where]]
+        else:
+            chosen = choose(config, candidates, count)
+            written = draw_tokens(logits[chosen[masked[rows]]], chosen, own, config, never)
+        revealed = torch.zeros_like(masked)
+        revealed[rows] = chosen
+        tokens = tokens.masked_scatter(revealed, written)  # 3. reveal
+        yield Step(tokens, revealed, masked, p, nfe)
+
+    # 4. Correct: blocked Gibbs sampling of the model's own conditionals. Each position is drawn anew, given all others
+    # but those far away that are drawn with it. With true conditionals this leaves the distribution of texts as it is.
+    correction = replace(config, temperature=config.correct_temperature)
+    group = ((~given).cumsum(1) - 1) % CORRECTION_STEPS
+    for k in [*range(CORRECTION_STEPS)] * config.correct:
+        masked = ~given & (group == k)
+        if masked.any():
+            _, own, logits = look(masked)
+            written = draw_tokens(logits, masked[masked.any(1)], own, correction, never)
+            tokens = tokens.masked_scatter(masked, written)
+            yield Step(tokens, masked, masked, logits.softmax(-1), nfe)
 
 
-def unmask(
-    predict: "GuidedPredictor",
-    config: SamplingConfig,
-    rows: list["RowProgress"],
-    tokens: Tensor,
-    mask_token_id: int,
-    never: list[int],
-    first_columns: list[int],
-) -> Iterator[Step]:
-    """The loop of `reverse_process`. Rows follow their schedules side by side; a finished row is not computed."""
-    masked = tokens == mask_token_id
-    confidence = (~masked).double()
-    nfe, evaluations = 0, torch.zeros(len(tokens), dtype=torch.long)
-    nothing = confidence.new_empty(0, 0)  # a step that writes nothing has no probabilities
-    if not masked.any():
-        yield Step(tokens, torch.zeros_like(masked), torch.zeros_like(masked), confidence, nothing, nfe, evaluations)
-    unfinished = list(range(len(tokens)))
-    while True:
-        # 1. What each row's schedule asks for: candidates, how many of them to reveal, what to mask again.
-        moves = {b: rows[b].advance(masked[b], confidence[b]) for b in unfinished}
-        unfinished = [b for b in unfinished if moves[b] is not None]
-        if not unfinished:
-            return
-        revealed, remasked, p = torch.zeros_like(masked), torch.zeros_like(masked), nothing
-        active = [b for b in unfinished if moves[b].count]  # rows that only remask need no network
-        if active:
-            # 2. One network evaluation.
-            logits = predict(tokens, active)  # (b, T, V)
-            nfe += 1
-            evaluations[active] += predict.rows_per_row
-            # 3. Which positions, and which tokens.
-            where = torch.stack([moves[b].where for b in active])
-            turn = torch.stack([rows[b].schedule.turn for b in active])
-            candidates = Candidates(where, turn, [rows[b].generator for b in active])
-            counts, starts = [moves[b].count for b in active], [first_columns[b] for b in active]
-            chosen, written, p = reveal(config, logits, tokens[active], candidates, counts, starts, never)
-            revealed[active] = chosen
-            tokens[revealed], confidence[revealed] = written, p.gather(1, written[:, None])[:, 0]
-        # 4. Remasking.
-        for b in unfinished:
-            remasked[b] = moves[b].remasked
-        tokens[remasked], confidence[remasked] = mask_token_id, 0.0
-        masked = tokens == mask_token_id
-        yield Step(tokens.clone(), revealed, remasked, confidence.clone(), p, nfe, evaluations.clone())
+def guided(predict: Predict, tokens: Tensor, given: Tensor, mask_token_id: int, scale: float) -> Tensor:
+    """`predict` with classifier-free guidance: u + (scale + 1) (c - u), u with the given tokens masked."""
+    if scale == 0:
+        return predict(tokens)
+    c, u = predict(torch.cat([tokens, tokens.masked_fill(given, mask_token_id)])).chunk(2)
+    return torch.where(c == -torch.inf, c, u + (scale + 1) * (c - u))  # -inf - -inf is no number
 
 
-def reveal(
-    config: SamplingConfig,
-    logits: Tensor,
-    tokens: Tensor,
-    candidates: Candidates,
-    counts: list[int],
-    first_columns: list[int],
-    never: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Given logits (B, T, V): n positions (B, T) bool, their tokens (n,) and the probabilities there (n, V), row-major.
-
-    Tokens are drawn for the revealed positions alone. Only the drawn_confidence order needs a token for every
-    candidate, as the drawn tokens decide the positions.
-    """
-    where, generators = candidates.where, candidates.generators
-    logits = with_a_choice(logits, never)
-    if not config.needs_network:
-        chosen = config.choose(candidates, counts, first_columns)
-        at_chosen = logits_at(logits, tokens, chosen, config)
-        written = draw_tokens(at_chosen, chosen, generators, config, never)
-        return chosen, written, at_chosen.softmax(-1)
-
-    at_candidates = logits_at(logits, tokens, where, config)  # (N, V)
-    p = at_candidates.softmax(-1)  # a foreign predictor may give ids that are never written a share
-    candidates.p = p.masked_fill(is_excluded(never, p), 0.0)
-    if config.order == "drawn_confidence":
-        drawn = draw_tokens(at_candidates, where, generators, config, never)
-        candidates.drawn_p = p.gather(1, drawn[:, None])[:, 0]
-        chosen = config.choose(candidates, counts, first_columns)
-        return chosen, drawn[chosen[where]], p[chosen[where]]
-    chosen = config.choose(candidates, counts, first_columns)
-    written = draw_tokens(at_candidates[chosen[where]], chosen, generators, config, never)
-    return chosen, written, p[chosen[where]]
-
-
-def logits_at(logits: Tensor, tokens: Tensor, where: Tensor, config: SamplingConfig) -> Tensor:
-    """logits (B, T, V) at the N positions of where (B, T), after the repetition penalty: (N, V) float64."""
-    at_positions = logits[where].double()
-    if config.repetition_penalty == 1.0:
-        return at_positions
+def penalized(logits: Tensor, tokens: Tensor, masked: Tensor, penalty: float) -> Tensor:
+    """logits (n, V) of the masked positions after the repetition penalty for the tokens (B, T) of their rows."""
+    if penalty == 1.0:
+        return logits
     V = logits.shape[-1]
     seen = torch.zeros(len(tokens), max(V, int(tokens.max()) + 1), dtype=torch.bool, device=tokens.device)
     seen = seen.scatter_(1, tokens, True)[:, :V]  # (B, V)
-    return penalize_repetition(at_positions, seen[where.nonzero()[:, 0]], config.repetition_penalty)
-
-
-def draw_tokens(
-    logits: Tensor, where: Tensor, generators: list[torch.Generator], config: LogitsConfig, never: Sequence[int]
-) -> Tensor:
-    """One token for each of logits (N, V), the positions of where (B, T) in row-major order: (N,), none of `never`."""
-    logits = logits.masked_fill(is_excluded(never, logits), -torch.inf)
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    return draw(probabilities(logits, config), noise(generators, where)[where])
+    return penalize_repetition(logits, seen[masked.nonzero()[:, 0]], penalty)
 
 
 def with_a_choice(logits: Tensor, never: list[int]) -> Tensor:
-    """logits (B, T, V), but where every token that may be written has -inf, all of these are equally likely."""
+    """logits (n, V), but where every token that may be written has -inf, all of these are equally likely."""
     excluded = is_excluded(never, logits)
-    hopeless = (logits.isneginf() | excluded).all(-1, keepdim=True)  # (B, T, 1)
+    hopeless = (logits.isneginf() | excluded).all(-1, keepdim=True)  # (n, 1)
     return logits.masked_fill(hopeless & ~excluded, 0.0) if hopeless.any() else logits
 
 
-def is_excluded(never: Sequence[int], over_vocabulary: Tensor) -> Tensor:
-    """(V,) bool: the ids that are never written, for a tensor (..., V). The mask's id may lie outside of it."""
-    ids = torch.arange(over_vocabulary.shape[-1], device=over_vocabulary.device)
-    return torch.isin(ids, torch.tensor(never, device=ids.device))
-
-
-def left_padding(tokens: Tensor, pad_token_id: int | None) -> list[int]:
-    """How many padding tokens each row of tokens (B, T) begins with."""
-    if pad_token_id is None:
-        return [0] * len(tokens)
-    return (tokens == pad_token_id).long().cumprod(1).sum(1).tolist()
-
-
-# ------------------------------------------------------------------------------------------------- one row's progress
+# ------------------------------------------------------------------------------------------------- which positions
 @dataclass
-class Move:
-    """What one row does next."""
+class Candidates:
+    """The masked positions that may be revealed now."""
 
-    where: Tensor  # (T,) the positions that may be revealed
-    count: int  # how many of them must be
-    remasked: Tensor  # (T,) written positions to mask again
+    where: Tensor  # (B, T) bool, true N times: the masked positions of each row's current block
+    turn: Tensor  # (B, T) the step at which the sweep reveals each position
+    generators: list[torch.Generator] | None = None  # one a row
+    p: Tensor | None = None  # (N, V) float64 probabilities of the network, row-major as in `where`
+    drawn_p: Tensor | None = None  # (N,) the share of p of the token that was drawn; of the order drawn_confidence
 
 
-class RowProgress:
-    """Where one row stands in its schedule, and its random stream."""
+def random_order(candidates: Candidates) -> Tensor:
+    """A fresh uniform score: LLaDA's random remasking."""
+    return noise(candidates.generators, candidates.where)[candidates.where]
 
-    def __init__(self, config: SamplingConfig, masked: Tensor, generator: torch.Generator):
-        self.config, self.generator, self.step_index = config, generator, 0
-        self.schedule = config.plan(masked)
-        if config.remask == "loop":
-            self.schedule = with_loops(self.schedule)
 
-    def advance(self, masked: Tensor, confidence: Tensor) -> Move | None:
-        """The next step that changes something, given masked (T,) and confidence (T,); None after the last one."""
-        while self.step_index < len(self.schedule.steps):
-            step = self.schedule.steps[self.step_index]
-            self.step_index += 1
-            block = self.schedule.block == step.block
-            where, written = masked & block, block & ~masked
-            sigma = self.remask_probabilities(step, block, masked, confidence)
-            remasked = torch.zeros_like(written)
-            if sigma.any():
-                remasked = written & (noise([self.generator], written[None])[0] < sigma)
-            if self.config.schedule == "ancestral":
-                count = self.ancestral_count(step, sigma[where])
-            else:  # as many as keep the schedule
-                count = min(int(where.sum()), max(0, int(where.sum()) + int(remasked.sum()) - step.remaining))
-            if count or remasked.any():
-                return Move(where, count, remasked)
-        return None
+def drawn_confidence_order(candidates: Candidates) -> Tensor:
+    """Probability of the token that was drawn: LLaDA's low-confidence remasking (arXiv 2502.09992, Alg. 5)."""
+    return candidates.drawn_p
 
-    def remask_probabilities(self, step: ScheduledStep, block: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
-        """ReMDM's sigma at each position (T,), 0 outside the block; a masked position counts as fully confident."""
-        sigma = torch.zeros_like(confidence)
-        if self.config.remask is not None and step.s > 0 and (block & ~masked).any():
-            in_block = confidence.masked_fill(masked, torch.inf)[block]
-            sigma[block] = REMASKERS[self.config.remask](step, self.config.eta, in_block)
-        return sigma
 
-    def ancestral_count(self, step: ScheduledStep, sigma: Tensor) -> int:
-        """How many masked positions are revealed if each is revealed independently, sigma (n,) being theirs.
+def confidence_order(candidates: Candidates) -> Tensor:
+    """Probability of the likeliest token. Equal to `drawn_confidence` at temperature 0."""
+    return candidates.p.amax(-1)
 
-        ReMDM: with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); at sigma 0, ancestral, (t - s) / t.
+
+def left_order(candidates: Candidates) -> Tensor:
+    """Left to right."""
+    return -candidates.where.nonzero()[:, 1].double()
+
+
+def sweep_order(candidates: Candidates) -> Tensor:
+    """Step k of S reveals masked positions k, k + S, k + 2S, ...: after step 0, each left neighbour is visible.
+
+    Tokens far apart hardly depend on each other. Related: dilated unmasking (arXiv 2506.19037), parallelized
+    autoregression of images (arXiv 2412.15119).
+    """
+    T = candidates.where.shape[1]
+    return -candidates.turn[candidates.where].double() - candidates.where.nonzero()[:, 1].double() / T
+
+
+ORDERS: dict[str, Callable[[Candidates], Tensor]] = {  # name -> (N,) scores, best first
+    "random": random_order,
+    "drawn_confidence": drawn_confidence_order,
+    "confidence": confidence_order,
+    "left": left_order,
+    "sweep": sweep_order,
+}
+EXACT_ORDERS = ("confidence", "left", "sweep")  # their positions follow from what is visible
+
+
+def choose(config: SamplingConfig, candidates: Candidates, count: Tensor) -> Tensor:
+    """(B, T) bool: the count[b] best candidates of each row, and all that reach the threshold, if there is one.
+
+    Equal scores go from left to right, whatever the batch.
+    """
+    where = candidates.where
+    scores = torch.full(where.shape, -torch.inf, dtype=torch.float64, device=where.device)
+    scores[where] = ORDERS[config.order](candidates).to(scores)
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chosen = rank < count[:, None]
+    if config.threshold is not None:  # Fast-dLLM, arXiv 2505.22618, Alg. 1
+        confidence = candidates.p.amax(-1) if candidates.drawn_p is None else candidates.drawn_p
+        chosen = chosen.masked_scatter(where, chosen[where] | (confidence >= config.threshold))
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------- how many
+def uniform_schedule(masked: int, steps: int) -> list[int]:
+    """Equal counts, the remainder to the first steps (LLaDA).
+
+    >>> uniform_schedule(10, 4)
+    [3, 3, 2, 2]
+    """
+    return [masked // steps + (k < masked % steps) for k in range(steps)]
+
+
+def cosine_schedule(masked: int, steps: int) -> list[int]:
+    """After step k of K the share cos(pi/2 k/K) is masked, so the first steps reveal few (MaskGIT, arXiv 2202.04200).
+
+    >>> cosine_schedule(10, 4)
+    [1, 2, 4, 3]
+    """
+    left = [math.floor(masked * math.cos(math.pi / 2 * k / steps)) for k in range(steps)] + [0]
+    return [before - after for before, after in pairwise(left)]
+
+
+SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {"uniform": uniform_schedule, "cosine": cosine_schedule}
+
+
+class Plan(NamedTuple):
+    """The steps of B rows, fixed before the first one."""
+
+    block: Tensor  # (B, T) the block of each masked position; T elsewhere. Blocks are filled one after the other
+    turn: Tensor  # (B, T) the step of its block at which the sweep reveals a position
+    remaining: Tensor  # (B, K) the masks that are left in the row after each step; never rises
+
+    def next(self, masked: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the next step of `rows` (b,), which all have masks, may reveal: where, turn (b, T), and count (b,).
+
+        The next step is the first one that has something to reveal: a threshold may have revealed more than planned.
         """
-        shares = ((1 - step.s) - (1 - sigma) * (1 - step.t)) / step.t
-        draws = torch.rand(len(sigma), generator=self.generator, dtype=torch.float64)
-        return len(sigma) if step.s == 0 else int((draws < shares.cpu()).sum())
+        masked, block, remaining = masked[rows], self.block[rows], self.remaining[rows]
+        left = masked.sum(1, keepdim=True)  # (b, 1)
+        k = (remaining >= left).sum(1, keepdim=True)  # the first planned step that leaves fewer masks than there are
+        current = block.masked_fill(~masked, block.shape[1]).amin(1, keepdim=True)
+        return masked & (block == current), self.turn[rows], (left - remaining.gather(1, k))[:, 0]
 
 
-def with_loops(schedule: RowSchedule) -> RowSchedule:
-    """The schedule with ReMDM-loop's time in each block."""
-    sizes = torch.bincount(schedule.block[schedule.block >= 0]).tolist()
-    steps = []
-    for b, size in enumerate(sizes):
-        steps += loop_schedule([step for step in schedule.steps if step.block == b], size)
-    return schedule._replace(steps=steps)
+def make_plan(masked: Tensor, config: SamplingConfig) -> Plan:
+    """The plan of rows with masked (B, T) at the start. Raises ArgumentError if the settings do not fit a row."""
+    (B, T), remaining = masked.shape, []
+    block, turn = torch.full((B, T), T), torch.zeros(B, T, dtype=torch.long)
+    for b, positions in enumerate(row.nonzero()[:, 0] for row in masked.cpu()):
+        remaining.append([len(positions)])
+        if len(positions):
+            labels = (positions - positions[0]) // (config.block_length or T)
+            block[b, positions] = labels = labels.unique(return_inverse=True)[1]  # without masks: no block
+            sizes, turns = labels.bincount().tolist(), []
+            for size, steps in zip(sizes, steps_of_blocks(sizes, config), strict=True):
+                turns.append(torch.arange(size) % steps)
+                for count in counts_of_block(size, steps, config):
+                    remaining[b].append(remaining[b][-1] - count)
+            turn[b, positions] = torch.cat(turns)
+    longest = max(map(len, remaining))
+    remaining = torch.tensor([left[1:] + [0] * (longest - len(left) + 1) for left in remaining])
+    return Plan(*(x.to(masked.device) for x in (block, turn, remaining)))
 
 
-# ------------------------------------------------------------------------------------------------- guidance
-class GuidedPredictor:
-    """`predict` with classifier-free guidance if cfg_scale > 0: one call in which every row stands twice."""
+def steps_of_blocks(sizes: list[int], config: SamplingConfig) -> list[int]:
+    """How many steps each block of a row gets, given how many masks the blocks have."""
+    if config.steps is None:
+        return [min(size, SWEEP_STEPS) if config.order == "sweep" else size for size in sizes]
+    if config.steps < len(sizes):
+        raise ArgumentError("steps", f"must be at least {len(sizes)}, one for each block, got {config.steps}")
+    # Each of twice as many steps as positions reveals one at most, with every schedule: more would change nothing.
+    shares = uniform_schedule(config.steps, len(sizes))
+    return [min(steps, 2 * size) for steps, size in zip(shares, sizes, strict=True)]
 
-    def __init__(
-        self, predict: Predict, tokens: Tensor, mask_token_id: int, cfg_scale: float, pad_token_id: int | None
-    ):
-        self.predict, self.mask_token_id, self.cfg_scale = predict, mask_token_id, cfg_scale
-        self.rows_per_row = 1 if cfg_scale == 0 else 2
-        first = torch.tensor(left_padding(tokens, pad_token_id), device=tokens.device)[:, None]  # padding is no prompt
-        self.given = (tokens != mask_token_id) & (torch.arange(tokens.shape[1], device=tokens.device) >= first)
 
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor, rows: list[int]) -> Tensor:
-        """Logits of the given rows of tokens (B, T): (len(rows), T, V)."""
-        if self.cfg_scale == 0:
-            return self.predict(tokens[rows])
-        unconditional = tokens[rows].masked_fill(self.given[rows], self.mask_token_id)
-        c, u = self.predict(torch.cat([tokens[rows], unconditional])).chunk(2)
-        guided = u + (self.cfg_scale + 1) * (c - u)
-        return torch.where(c == -torch.inf, c, guided)  # -inf - -inf is no number
+def counts_of_block(size: int, steps: int, config: SamplingConfig) -> list[int]:
+    """How many of a block's `size` masks are revealed at each step. The sweep's counts are those of its turns."""
+    if isinstance(config.schedule, str):
+        return SCHEDULES[config.schedule](size, steps)
+    if sum(config.schedule) != size:
+        raise ArgumentError("schedule", f"reveals {sum(config.schedule)} positions, but {size} are masked")
+    return list(config.schedule)
+
+
+# ------------------------------------------------------------------------------------------------- likelihoods
+def has_exact_likelihood(config: SamplingConfig) -> bool:
+    """Whether `likelihood.policy_likelihood` of `policy_of(config)` is the exact likelihood of this sampler.
+
+    Its positions must follow from what is visible, its tokens be drawn from the network's own p, and a text that was
+    corrected after it was written has no likelihood.
+    """
+    plain = (config.temperature, config.top_k, config.top_p, config.repetition_penalty) == (1, None, None, 1)
+    return plain and config.cfg_scale == 0 and config.correct == 0 and config.order in EXACT_ORDERS
+
+
+def policy_of(
+    config: SamplingConfig, generator: torch.Generator | None = None
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The positions that the sampler reveals, as `likelihood.policy_likelihood` asks for them, of windows that were
+    fully masked at first: policy(logits (B, T, V), masked (B, T), step) -> (B, T) bool.
+
+    With a generator, order random, whose result is an upper bound in expectation over the drawn orders. Raises
+    ValueError for an order whose positions do not follow from what is visible.
+    """
+    if config.order not in EXACT_ORDERS and (config.order != "random" or generator is None):
+        raise ValueError(f"with order {config.order} there is no exact likelihood")
+
+    def policy(logits: Tensor, masked: Tensor, step: int) -> Tensor:
+        plan = Plan(*(x.expand(len(masked), -1) for x in make_plan(torch.ones_like(masked[:1]), config)))
+        where, turn, count = plan.next(masked, torch.arange(len(masked), device=masked.device))
+        needs_p = config.order == "confidence" or config.threshold is not None
+        p = in_float64(logits)[where.to(logits.device)].softmax(-1) if needs_p else None
+        return choose(config, Candidates(where, turn, [generator] * len(masked), p), count)
+
+    return policy

@@ -44,8 +44,7 @@ def corpus_file(tmp_path) -> Path:
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """run_script("train.py", "--steps", "3") runs a program in this process, which needs no second import of torch.
-
-    run_script("-m", "benchmarks", "pairs") runs a folder.
+    run_script("-m", "extras.bench", "budget") runs a module.
 
     Returns its standard output and its messages. stdin: its standard input; check: its exit code.
     """
@@ -57,7 +56,7 @@ def run_script(monkeypatch, capsys):
         status = 0
         try:
             if program == "-m":
-                monkeypatch.setattr(sys, "argv", list(arguments))
+                sys.argv[:] = arguments
                 runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(str(ROOT / program), run_name="__main__")
