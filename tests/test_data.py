@@ -1,12 +1,12 @@
-"""The download against a server on loopback; corpora by name and path; the split; windows and batches."""
+"""The download against a server on loopback; corpora by name, file, folder and pipe; the split; windows and batches."""
 
 import contextlib
+import gzip
 import hashlib
 import itertools
-import json
 import mmap
+import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,12 +21,15 @@ import data
 import utils.download
 import utils.files
 from checkpoint import load_checkpoint
-from data import ShakespeareDataset, load_corpus, validation_rows
+from data import SEPARATORS, Corpus, ShakespeareDataset, corpus_from_text, load_corpus, load_same_corpus, split_segments
+from extras.bpe import train_bpe
 from tokenizer import SimpleTokenizer
 from utils.download import download
+from utils.files import check_seal, plain_text
 
 GOOD = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 300
 SHA256 = hashlib.sha256(GOOD).hexdigest()
+SUBWORDS = train_bpe(["naïve — 試 "], 270)
 ALPHABET = SimpleTokenizer("".join(map(chr, range(1000, 1252))))  # ids 4..255
 
 
@@ -59,7 +62,7 @@ def server():
 
         http = HTTPServer(("127.0.0.1", 0), Handler)
         http.hits = 0
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
         started.append(http)
         return http, f"http://127.0.0.1:{http.server_port}/input.txt"
 
@@ -76,10 +79,6 @@ def _no_waiting(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-whole, missing, broken = (200, GOOD, len(GOOD)), (404, b"", 0), (500, b"", 0)
-cut_off, altered = (200, GOOD[:1000], len(GOOD)), (200, GOOD[:-1] + b"!", len(GOOD))
-
-
 def drip():
     """A body that takes a minute and more."""
     for byte in GOOD:
@@ -87,21 +86,19 @@ def drip():
         yield bytes([byte])
 
 
+whole, missing, broken, empty = (200, GOOD, len(GOOD)), (404, b"", 0), (500, b"", 0), (200, b"", 0)
+cut_off, altered, no_length = (200, GOOD[:1000], len(GOOD)), (200, GOOD[:-1] + b"!", len(GOOD)), (200, GOOD, None)
 silent, moved, endless = (None, b"", 0), (302, b"", 0), (200, lambda: itertools.repeat(b"x" * 999), None)
-slow, no_length, empty = (200, drip, len(GOOD)), (200, GOOD, None), (200, b"", 0)
+slow = (200, drip, len(GOOD))
 
 
 @pytest.mark.parametrize("first", [missing, broken, cut_off, altered, silent, moved, empty])
 def test_download_retries_and_checks_the_content(server, tmp_path, first):
-    http, url = server(first, whole)
+    http, url = server(first, no_length)
     path = download(tmp_path / "a" / "input.txt", url, SHA256)
     assert path.read_bytes() == GOOD
     assert http.hits == 2
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_an_answer_without_a_length_is_downloaded(server, tmp_path):
-    assert download(tmp_path / "input.txt", server(no_length)[1], SHA256).read_bytes() == GOOD
 
 
 def test_proxies_of_the_environment_are_used(server, tmp_path, monkeypatch):
@@ -126,7 +123,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils.download, "receive", interrupted)
+    monkeypatch.setattr(utils.download, "read_body", interrupted)
     with pytest.raises(KeyboardInterrupt):
         download(tmp_path / "input.txt", server(whole)[1], SHA256)
     assert list(tmp_path.iterdir()) == []
@@ -151,136 +148,234 @@ def test_failed_download_gives_the_reason_and_leaves_the_old_file(server, tmp_pa
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("input.txt", "old")]
 
 
-def test_only_the_default_corpus_falls_back_to_pydoc_and_warns(server, tmp_path, monkeypatch, capsys):
-    _, url = server(missing)
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr(data, "TINYSHAKESPEARE_URL", url)
-    corpus = load_corpus()
-    assert corpus.name == "pydoc"
-    assert "WARNING" in capsys.readouterr().err
+def test_tinyshakespeare_is_downloaded_once_and_only_the_default_corpus_falls_back_to_pydoc(
+    server, tmp_path, monkeypatch, capsys
+):
+    http, url = server(*6 * [missing], whole)
+    for name, value in (("CACHE", tmp_path), ("TINYSHAKESPEARE_SHA256", SHA256), ("TINYSHAKESPEARE_URL", url)):
+        monkeypatch.setattr(data, name, value)
     with pytest.raises(OSError, match="could not download"):
         load_corpus("tinyshakespeare")
-    with pytest.raises(ValueError, match=r"data nowhere\.txt: no such file"):
-        load_corpus("nowhere.txt")
-
-
-def test_tinyshakespeare_is_downloaded_once(server, tmp_path, monkeypatch):
-    http, url = server(whole)
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr(data, "TINYSHAKESPEARE_SHA256", SHA256)
-    monkeypatch.setattr(data, "TINYSHAKESPEARE_URL", url)
-    for _ in range(2):
+    assert load_corpus().name == "pydoc"
+    assert "WARNING" in capsys.readouterr().err
+    for hits, content in ((7, GOOD), (7, b"damaged"), (8, GOOD)):
         corpus = load_corpus()
         assert (corpus.name, corpus.sha256, len(corpus.ids)) == ("tinyshakespeare", SHA256, len(GOOD))
-    assert http.hits == 1
-    (tmp_path / "tinyshakespeare.txt").write_text("damaged")
-    assert load_corpus().sha256 == SHA256
-    assert http.hits == 2
+        assert http.hits == hits
+        (tmp_path / "tinyshakespeare.txt").write_bytes(content)
 
 
-def test_training_without_network_warns_and_the_checkpoint_names_the_corpus(command, tmp_path):
-    clone = tmp_path / "clone"  # with an empty folder of corpora
-    clone.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, clone)
-    shutil.copytree(ROOT / "utils", clone / "utils")
-    process = command(clone / "train.py", *TINY, "--steps", 2)
-    assert "WARNING" in process.stderr
-    assert "pydoc" in process.stderr
-    checkpoint = load_checkpoint(tmp_path / "out/llada/last.pt")
-    assert checkpoint.corpus["name"] == "pydoc"
-    assert checkpoint.corpus["sha256"] == load_corpus("pydoc").sha256
-    process = command(clone / "train.py", *TINY, "--steps", 2, "--data", "tinyshakespeare", check=2)
-    assert len(process.stderr.strip().splitlines()) == 2
-    assert "could not download" in process.stderr
+def test_training_without_network_warns_and_the_checkpoint_names_the_corpus(run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "CACHE", tmp_path / "corpora")
+    monkeypatch.setattr(data, "TINYSHAKESPEARE_URL", "http://127.0.0.1:9")
+    _, messages = run_script("train.py", *TINY, "--steps", "2")
+    assert "WARNING" in messages
+    known = load_checkpoint(tmp_path / "out/llada/last.pt").corpus
+    assert (known["name"], known["sha256"]) == ("pydoc", load_corpus("pydoc").sha256)
+    _, messages = run_script("train.py", *TINY, "--steps", "2", "--data", "tinyshakespeare", check=2)
+    assert messages.startswith("downloading TinyShakespeare ...\ntrain.py: error: could not download")
+    assert messages.count("\n") == 2
 
 
-def test_large_texts_are_mapped_and_hold_the_same_ids(tmp_path, monkeypatch):
-    path = tmp_path / "large.txt"
-    path.write_text("naïve — 試 " * 5000 + "end", encoding="utf-8")
-    small = load_corpus(str(path))
+# ------------------------------------------------------------------------------------------------- large texts
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file that is memory-mapped, in parts that cut characters and line ends apart; its ids go to corpora/."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "corpora")
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
-    monkeypatch.setattr(utils.files, "CHUNK_BYTES", 1001)  # cuts characters apart
-    large = load_corpus(str(path))
-    assert torch.equal(small.ids, large.ids)
-    assert small.sha256 == large.sha256
-    assert small.tokenizer.char_to_id == large.tokenizer.char_to_id
-    built = path.with_name("large.txt.ids").stat().st_mtime_ns
-    load_corpus(str(path))
-    path.touch()  # another time, the same text
-    load_corpus(str(path))
-    assert path.with_name("large.txt.ids").stat().st_mtime_ns == built
-    path.write_text("quite another text " * 5000)
-    changed = load_corpus(str(path))
+    monkeypatch.setattr(utils.files, "CHUNK_BYTES", 1001)
+    path = tmp_path / "large.txt"
+    path.write_bytes(("naïve — 試\r\n " * 5000 + "end").encode())
+    return path
+
+
+@pytest.mark.parametrize("make_tokenizer", [None, lambda texts: SUBWORDS], ids=["characters", "subwords"])
+def test_large_texts_are_mapped_and_hold_the_same_ids(large, monkeypatch, make_tokenizer):
+    mapped = load_corpus(str(large), make_tokenizer)
+    (ids,) = data.CACHE.iterdir()
+    built = ids.stat().st_mtime_ns
+    again = load_corpus(str(large), make_tokenizer)
+    assert ids.stat().st_mtime_ns == built
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "IN_MEMORY_BYTES", 1 << 20)
+        small = load_corpus(str(large), make_tokenizer)
+    assert (mapped.mapping is None, small.mapping is None) == (False, True)
+    for corpus in (mapped, again):
+        assert corpus.tokenizer.decode(corpus.ids.numpy()) == small.tokenizer.decode(small.ids.numpy())
+        assert (corpus.sha256, corpus.characters) == (small.sha256, small.characters)
+        assert corpus.tokenizer.to_dict() == small.tokenizer.to_dict()
+        assert make_tokenizer or torch.equal(corpus.ids, small.ids)
+    large.write_text("quite another text " * 5000)
+    changed = load_corpus(str(large))
     assert changed.tokenizer.decode(changed.ids[:18]) == "quite another text"
-    assert json.loads(path.with_name("large.txt.ids.json").read_text())["sha256"] == changed.sha256
 
 
-@pytest.mark.parametrize("damaged", ["large.txt.ids", "large.txt.ids.json"])
-def test_a_damaged_cache_of_ids_is_built_again(tmp_path, monkeypatch, damaged):
-    path = tmp_path / "large.txt"
-    path.write_text("long live the king " * 20)
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
-    whole, draw = load_corpus(str(path)), random.Random(0)
-    content, whole_note = (tmp_path / damaged).read_bytes(), (tmp_path / "large.txt.ids.json").read_text()
-    ids = whole.ids.clone()  # the mapping shows the changes of the file
+def test_a_damaged_cache_of_ids_is_built_again(large):
+    large.write_text("long live the king " * 20)
+    whole, draw = load_corpus(str(large)), random.Random(0)
+    (path,) = data.CACHE.iterdir()
+    content, ids = path.read_bytes(), whole.ids.clone()  # the mapping shows the changes of the file
     bits = [(i, 1 << draw.randrange(8)) for i in range(0, len(content), 9)]
     flipped = [content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i, bit in bits]
     for other in (*flipped, content[:-1], content + b"\n", b""):
-        (tmp_path / damaged).write_bytes(other)
-        again = load_corpus(str(path))
-        assert torch.equal(again.ids, ids)
-        assert (again.sha256, again.tokenizer.to_dict()) == (whole.sha256, whole.tokenizer.to_dict())
-        assert json.loads((tmp_path / "large.txt.ids.json").read_text()) == json.loads(whole_note)
+        path.write_bytes(other)
+        assert torch.equal(load_corpus(str(large)).ids, ids)
+        assert path.read_bytes() == content
+    check_seal(path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
-def test_reading_a_mapped_text_does_not_fill_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
-    path = tmp_path / "large.txt"
-    path.write_text("the king is dead, long live the king\n" * 2_000_000)  # 74 MB
+def test_reading_a_mapped_text_does_not_fill_memory(large, monkeypatch):
+    monkeypatch.setattr(utils.files, "CHUNK_BYTES", 1 << 24)
+    large.write_text("the king is dead, long live the king\n" * 2_000_000)  # 74 MB
 
     def resident_megabytes() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 1e6
 
-    load_corpus(str(path))  # builds the ids
-    corpus, generator = load_corpus(str(path)), torch.Generator().manual_seed(0)
+    load_corpus(str(large))  # builds the ids
+    corpus, generator = load_corpus(str(large)), torch.Generator().manual_seed(0)
     windows, grown = ShakespeareDataset(corpus.ids, corpus.tokenizer, 256), {}
     for forget in (True, False):
         before = resident_megabytes()
         for _ in range(200):
-            read = windows.sample(16, generator).tokens
+            windows.sample(16, generator)
             if forget:
                 corpus.forget_pages()
         grown[forget] = resident_megabytes() - before
     assert grown[True] < 5
     assert grown[False] > 40, "without forget_pages memory must grow, or this test proves nothing"
-    corpus.forget_pages()
-    assert corpus.tokenizer.decode(read[0]) in "the king is dead, long live the king\n" * 9
 
 
+# ------------------------------------------------------------------------------------------------- texts as they come
+LINES = "First Citizen:\nHear me speak.\n\nAll:\nSpeak, speak.\n \t\nFirst Citizen:\nYou are all resolved\n"
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"abc\xff", "not UTF-8 .*byte 3"), (b"ab\xc3", "ends inside"), (b"", "empty")]
+    "content",
+    [
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.replace("\n", "\r").encode(),
+        LINES.replace("\n", "\r\n", 3).encode(),  # the first three lines
+        MARK + LINES.encode(),
+        gzip.compress(MARK + LINES.replace("\n", "\r\n").encode()),
+    ],
+    ids=["CRLF", "CR", "both", "byte order mark", "gzip"],
 )
-def test_files_that_are_not_text_are_refused(tmp_path, content, message):
-    (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load_corpus(str(tmp_path / "bad.txt"))
+def test_line_ends_and_marks_of_other_systems_do_not_change_a_text(tmp_path, monkeypatch, content, chunk):
+    monkeypatch.setattr(utils.files, "CHUNK_BYTES", chunk)
+    (tmp_path / "other.txt").write_bytes(content)
+    (tmp_path / "usual.txt").write_text(LINES)
+    other, usual = (load_corpus(str(tmp_path / name), segments="paragraph") for name in ("other.txt", "usual.txt"))
+    assert other.tokenizer.to_dict() == usual.tokenizer.to_dict()
+    assert torch.equal(other.ids, usual.ids)
+    assert other.sha256 == usual.sha256
+    assert len(other.dataset(other.ids, 64, "paragraph")) == 3
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\t  ", "\xa0"])
+def test_blank_lines_between_segments_may_hold_spaces(blank):
+    text = f"one\ntwo \n{blank}\nthree\n{blank}\n{blank}\nfour\n"
+    assert [segment for segment, _ in split_segments(text, "\n\n")] == ["one\ntwo ", f"three\n{blank}", "four\n"]
+    lines = ["one", f"two \n{blank}", f"three\n{blank}\n{blank}", "four", ""]
+    assert [segment for segment, _ in split_segments(text, "\n")] == lines
+    assert "".join(map("".join, split_segments(text, "\n\n"))) == text
+
+
+FRENCH = "Être ou ne pas être".encode
+REFUSED = {
+    "latin1.txt": (FRENCH("latin-1"), r"byte 0\): if it is LATIN1, convert it with iconv -f LATIN1 -t UTF-8 FILE"),
+    "bad.txt": (b"abc\xff", r"not UTF-8 text \(byte 3\)"),
+    "half.txt": (b"ab\xc3", r"byte 2"),
+    "marked.txt": (MARK + b"abc\xff", r"byte 6"),
+    "empty.txt": (b"", "the text is empty"),
+    "le.txt": (FRENCH("utf-16"), r"not UTF-8 .* if it is UTF-16, convert it with iconv -f UTF-16 -t UTF-8 FILE"),
+    "be.txt": (b"\xfe\xff" + FRENCH("utf-16-be"), "iconv -f UTF-16 -t UTF-8"),
+    "utf32.txt": (FRENCH("utf-32"), "iconv -f UTF-32 -t UTF-8"),
+    "unmarked.txt": ("to be".encode("utf-16-le"), "UTF-16 text without a byte order mark"),
+    "book.docx": (b"PK\x03\x04\x14\0\xff", r"not UTF-8 text \(byte 6\): it is a zip \(or .docx\): give the text that"),
+    "text.bz2": (b"BZh91AY&SY\xff", "packed by bzip2"),
+    "text.xz": (b"\xfd7zXZ\0", "packed by xz"),
+    "book.pdf": (b"%PDF-1.7\n\xff", "a PDF: give the text that it holds"),
+    "cut.gz": (gzip.compress(b"text" * 99)[:-9], "damaged: Compressed file ended"),
+    "flipped.gz": (gzip.compress(b"text" * 99)[:-8] + bytes(8), "damaged: CRC check failed"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("chunk", [8, 1 << 20])
+def test_files_that_are_not_text_are_refused_with_what_they_are(tmp_path, monkeypatch, name, chunk):
+    content, message = REFUSED[name]
+    monkeypatch.setattr(utils.files, "CHUNK_BYTES", chunk)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^\S+{name}: .*{message}" if name != "empty.txt" else message):
+        load_corpus(str(tmp_path / name))
+    if b"\x1f\x8b" not in content and content:
+        with pytest.raises(ValueError, match=f"^standard input: .*{message}"):
+            plain_text(content, "standard input")
+
+
+@pytest.mark.parametrize("segments", ["window", *SEPARATORS])
+def test_folders_and_several_files_are_joined_by_the_separator(tmp_path, capsys, monkeypatch, segments):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = {"b.txt": "two\n", "a.txt": "one\n", "c.TXT": "three", "d.txt": "four\n\n\n", "e.txt": "5"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for name in ("notes.md", "._a.txt"):
+        (folder / name).write_bytes(b"\xff")
+    line_end = SEPARATORS.get(segments, "\n\n")
+    expected = line_end.join(["one", "two", "three", "four\n\n\n5"])
+    names = [str(folder / name) for name in sorted(texts)]
+    for name in (str(folder), names):
+        corpus = load_corpus(name, segments=segments)
+        assert "reading 5 files: a.txt, b.txt, c.TXT, d.txt, e.txt\n" in capsys.readouterr().err
+        assert corpus.tokenizer.decode(corpus.ids) == expected
+        again = load_same_corpus({"name": corpus.name, "sha256": corpus.sha256}, segments, corpus.tokenizer)
+        assert torch.equal(again.ids, corpus.ids)
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 1)
+    monkeypatch.setattr(data, "CACHE", tmp_path / "corpora")
+    assert torch.equal(load_corpus(str(folder), segments=segments).ids, corpus.ids)
+
+
+def test_folders_without_text_and_files_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^data : no such file"):
+        load_corpus("")
+    for name in ("nowhere.txt", [str(tmp_path), "nowhere.txt"], f"{tmp_path}{os.pathsep}nowhere.txt"):
+        with pytest.raises(ValueError, match=r"^data nowhere\.txt: no such file; give a UTF-8 text file, a folder"):
+            load_corpus(name)
+    with pytest.raises(ValueError, match=r"no \.txt files in this folder"):
+        load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pipe_is_kept_so_that_the_text_can_be_read_again(tmp_path, monkeypatch, zipped):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "corpora")
+    reading, writing = os.pipe()
+    os.write(writing, gzip.compress(GOOD) if zipped else GOOD)
+    os.close(writing)
+    corpus = load_corpus(f"/dev/fd/{reading}")  # what bash makes of <(zcat file)
+    os.close(reading)
+    assert corpus.sha256 == SHA256
+    assert load_corpus(corpus.name).sha256 == SHA256
+
+
+# ------------------------------------------------------------------------------------------------- the split and rows
 @pytest.mark.parametrize("val_fraction", [0.1, 0.2, 0.37])
 def test_split_is_by_position_without_leakage(val_fraction):
-    corpus = data.corpus_from_text("x", "".join(map(chr, range(1000, 2000))))  # every character once
+    corpus = corpus_from_text("x", "".join(map(chr, range(1000, 2000))))  # every character once
     train, val = corpus.split(val_fraction)
     assert torch.equal(torch.cat([train, val]), corpus.ids)
     assert len(val) == round(1000 * val_fraction)
     windows = ShakespeareDataset(train, corpus.tokenizer, 16)
-    assert not set(windows.gather(torch.arange(len(windows))).unique().tolist()) & set(val.tolist())
+    assert not set(windows.rows(torch.arange(len(windows))).tokens.unique().tolist()) & set(val.tolist())
 
 
 def test_split_of_tinyshakespeare_equals_nanogpts():
     ids = torch.zeros(1_115_394, dtype=torch.uint8)
-    parts = data.Corpus("tinyshakespeare", "", SimpleTokenizer("a"), ids).split(0.1)
+    parts = Corpus("tinyshakespeare", "", SimpleTokenizer("a"), ids).split(0.1)
     assert [len(part) for part in parts] == [1_003_854, 111_540]
 
 
@@ -301,7 +396,7 @@ def test_dataset_windows_equal_slices():
 @pytest.mark.parametrize("length", [5, 16, 48, 50])
 def test_validation_covers_every_character_once(length):
     ids = torch.arange(4, 4 + length, dtype=torch.uint8)
-    windows = [rows.tokens for rows in validation_rows(ids, ALPHABET, 16)]
+    windows = [rows.tokens for rows in Corpus("", "", ALPHABET, ids).validation_rows(ids, 16)]
     assert torch.equal(torch.cat([part.flatten() for part in windows]), ids.long())
 
 

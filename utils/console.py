@@ -7,43 +7,53 @@ On a terminal, and wherever they are quoted (messages, tables, reports), symbols
 import argparse
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
 
 from utils.errors import ArgumentError, check_number
 
-VERSION = "1.0"
-SECONDS_PER_UPDATE = 0.2  # of a progress bar on a terminal
-SECONDS_PER_LINE = 10.0  # of the lines that replace the bar elsewhere
-BAR_WIDTH = 20
-# What a terminal would act on: C0 but tab and newline, DEL, C1, marks that reorder text; and lone surrogates
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-OTHER_NAMES = {  # flags of other programs of the field -> ours
-    **dict.fromkeys(("--max-new-tokens", "--max-out-tokens", "--max-tokens", "--gen-length"), "--length"),
-    **dict.fromkeys(("--num-steps", "--sampling-steps", "--diffusion-steps", "--max-iters"), "--steps"),
-    **dict.fromkeys(("--ckpt", "--ckpt-path", "--model-path"), "--checkpoint"),
-    **dict.fromkeys(("--n-samples", "--num-return-sequences"), "--num-samples"),
-    **dict.fromkeys(("--out-dir", "--output-dir"), "--out"),
-    "--learning-rate": "--lr",
-    "--num-beams": "--beams",
-    "--remasking": "--remask",
-}
+SECONDS_PER_UPDATE, SECONDS_PER_LINE = 0.2, 10.0  # of a progress display: on a terminal, elsewhere
+# What a terminal would act on (control characters but tab and newline, marks that reorder text), and lone surrogates
+HIDDEN = (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+SYMBOLS = {code: chr(0x2400 + code) for code in range(0x20) if code not in (9, 10)}
+SYMBOLS |= {0x7F: "\u2421"} | dict.fromkeys(HIDDEN, "\ufffd")
+CLEAR_LINE = "\r\x1b[K"
+progress_is_shown = False  # on the last line of the terminal: the next message takes its place
 
 
 # ------------------------------------------------------------------------------------------------- text in and out
-def say(*words) -> None:
-    """Print to standard error, `printable`: names of files and quoted texts are anybody's. Flush."""
-    print(printable(" ".join(map(str, words))), file=sys.stderr, flush=True)
+def say(*words, end: str = "\n") -> None:
+    """Print to standard error, `printable`. Once nobody can read it (a broken pipe), messages are dropped."""
+    global progress_is_shown
+    start, progress_is_shown = CLEAR_LINE if progress_is_shown else "", False
+    text = printable(" ".join(map(str, words)))
+    if end and sys.stderr.isatty():
+        text = "\n".join(map(at_spaces, text.split("\n")))
+    try:
+        print(start + text, file=sys.stderr, flush=True, end=end)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def at_spaces(line: str) -> str:
+    """A line broken at spaces, where a terminal would break it inside words. A command stays whole, to be copied."""
+    width = shutil.get_terminal_size().columns
+    if len(line) <= width or "python " in line:
+        return line
+    how = {"break_long_words": False, "break_on_hyphens": False, "expand_tabs": False, "replace_whitespace": False}
+    return textwrap.fill(line, width, subsequent_indent="    ", **how)
 
 
 def fail(program: str, problem: str) -> NoReturn:
     """Print an error as one line on standard error and exit with code 2."""
-    say(f"{program}: error: {problem}".replace("\n", symbol(10)))
+    say(f"{program}: error: {problem}".replace("\n", "\u240a"))
     sys.exit(2)
 
 
@@ -59,47 +69,42 @@ def printable(text: str) -> str:
     >>> printable("\x1b[2J\r\x9b a\tb")
     '␛[2J␍� a\tb'
     """
-    return UNPRINTABLE.sub(lambda match: symbol(ord(match[0])), text)
-
-
-def symbol(code: int) -> str:
-    """The picture of a C0 control character or DEL (U+2400...), the replacement character for any other."""
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+    return text.translate(SYMBOLS)
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and its noun, in the plural unless it is 1.
-
-    >>> counted(1, "network evaluation"), counted(2000, "character")
-    ('1 network evaluation', '2,000 characters')
-    """
+    """A number and its noun: "1 step", "2,000 steps"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def encoding_problem(text: str) -> str | None:
-    """What is wrong with text from the command line or from standard input that was not valid there, else None.
+def read_input() -> bytes:
+    """All of standard input, to its end."""
+    if sys.stdin.isatty():
+        say("reading standard input; Ctrl-D ends it")
+    return sys.stdin.buffer.read()
 
-    Python gives bytes that it cannot decode as lone surrogates (PEP 383).
-    """
-    for position, char in enumerate(text):
-        if "\ud800" <= char <= "\udfff":
-            return (
-                f"byte 0x{ord(char) & 0xFF:02X} at position {position} is not valid {sys.getfilesystemencoding()}, "
-                "the encoding of this terminal"
-            )
-    return None
+
+def input_waits() -> bool:
+    """Whether standard input is a file or a pipe with something to read. Reads nothing, and never blocks."""
+    with suppress(ImportError, AttributeError, OSError, ValueError):  # no standard input, or a system that cannot tell
+        import fcntl
+        import termios
+
+        return any(fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))) and not sys.stdin.isatty()
+    return False
 
 
 # ------------------------------------------------------------------------------------------------- the program
 def run_program(main: Callable[[], None]) -> None:
     """Run a program's main(). Bad input exits with code 2 after one line; Ctrl-C exits with code 130.
 
-    Only ValueError and OSError count as bad input: this project raises them with messages that name the argument or
-    the file. Any other exception is a defect and keeps its traceback.
+    Bad input is ValueError and OSError: this project raises them with messages that name the argument or the file. Any
+    other exception is a defect and keeps its traceback. A standard stream that was closed is empty.
     """
-    folder, _, program = sys.argv[0].rpartition("/")
-    if program == "__main__.py":
-        program = f"python -m {folder.rpartition('/')[2]}"
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the program runs)
+    program = os.path.basename(sys.argv[0])
     try:
         main()
         sys.stdout.flush()
@@ -107,7 +112,7 @@ def run_program(main: Callable[[], None]) -> None:
         say(f"\n{program}: stopped")
         sys.exit(130)
     except BrokenPipeError:  # whatever read our output has ended (`| head`)
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
@@ -118,11 +123,7 @@ def run_program(main: Callable[[], None]) -> None:
 
 @contextmanager
 def immediate_interrupt() -> Iterator[None]:
-    """End the process on Ctrl-C inside the block, with exit code 130 and without a word.
-
-    It is for imports: libraries written in C swallow a KeyboardInterrupt that falls into theirs, or turn it into
-    another error.
-    """
+    """End the process on Ctrl-C inside the block, with exit code 130: imports of C libraries swallow its exception."""
     previous = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         yield
@@ -130,84 +131,71 @@ def immediate_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+@contextmanager
+def deferred_interrupt(*signals: int) -> Iterator[Callable[[], int]]:
+    """Yield stopping(): 0, or after Ctrl-C or one of the signals its number, for a loop that ends after a step.
+
+    Its program exits with code 128 + stopping(). The second time each of them acts as usual.
+    """
+    received, previous = 0, {}
+
+    def on_signal(number: int, _) -> None:
+        nonlocal received
+        received = int(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, *signals):
+        previous[number] = signal.signal(number, on_signal)
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------------- arguments
-class ShowVersion(argparse.Action):
-    """--version. The versions are looked up only when it is given, as that takes a while."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            torch = f"torch {version('torch')}"
-        except PackageNotFoundError:
-            torch = "torch is not installed"
-        print(f"{parser.prog} {VERSION} (Python {sys.version.split()[0]}, {torch})")
-        parser.exit()
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage message, and suggest the nearest flag or choice.
 
-    Flags may be typed with underscores. examples: command lines for the end of --help, one a line.
+    Flags may be typed with underscores, and only once, unless their action is "append". examples: command lines for the
+    end of --help, one a line.
     """
 
     def __init__(self, *, examples: str = "", **settings):
-        super().__init__(**settings)
-        self.examples = examples
-        no_setting = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-        self.add_argument("--version", action=ShowVersion, nargs=0, help="show the versions and exit", **no_setting)
-
-    def format_help(self) -> str:
-        examples = "".join(f"  {line}\n" for line in self.examples.strip().splitlines())
-        return super().format_help() + (f"\nexamples:\n{examples}" if examples else "")
+        lines = "\n  ".join(["examples:", *examples.strip().splitlines()]) if examples else None
+        super().__init__(epilog=lines, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """As argparse's, but there is nothing unknown: it is an error here, where a subcommand knows its flags."""
-        words = [self.with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
+        """As argparse's, but what is unknown is an error."""
+        words, given = list(sys.argv[1:] if args is None else args), set()
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for i, word in enumerate(words):
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            if flag in flags:
+                words[i] = flag + equals + value
+                if flag in given and not isinstance(self._option_string_actions[flag], argparse._AppendAction):
+                    self.error(f"{flag} is given twice")
+                given.add(flag)
         namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0].replace("_", "-")
-            other = OTHER_NAMES.get(flag)
-            found = f"; did you mean {other}?" if other in self.flags else suggestion(flag, self.flags)
-            if not flag.startswith("-"):
-                found = "; put quotes around a text with spaces"
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{found}")
+            hint = suggestion(flag, flags) if flag.startswith("-") else "; put quotes around a text with spaces"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace, unknown
-
-    @property
-    def flags(self) -> list[str]:
-        """All flags."""
-        return [flag for action in self._actions for flag in action.option_strings]
-
-    def with_hyphens(self, word: str) -> str:
-        """--top_k=5 -> --top-k=5, if there is such a flag."""
-        flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-")
-        return f"{flag}{equals}{value}" if flag in self.flags else word
 
     def _check_value(self, action: argparse.Action, value) -> None:  # called by argparse for each value
         if action.choices is not None and value not in action.choices:
             names = list(map(str, action.choices))
-            raise argparse.ArgumentError(
-                action, f"{value!r} is not one of {', '.join(names)}{suggestion(str(value), names)}"
-            )
+            problem = f"{value!r} is not one of {', '.join(names)}{suggestion(str(value), names)}"
+            raise argparse.ArgumentError(action, problem)
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog, f"{message} (see --help)")
 
     @contextmanager
     def naming_flags(self) -> Iterator[None]:
-        """Show an ArgumentError raised inside the block as the flag it came from.
-
-        If its argument is a destination of this parser, it becomes a ValueError "--the-flag problem".
-
-        >>> parser = Parser()
-        >>> _ = parser.add_argument("--top-k", type=int)
-        >>> with parser.naming_flags():
-        ...     raise ArgumentError("top_k", "must be at least 1, got 0")
-        Traceback (most recent call last):
-        ValueError: --top-k must be at least 1, got 0
-        """
+        """Show an ArgumentError from inside the block with its flag: "top_k must be ..." as "--top-k must be ..."."""
         try:
             yield
         except ArgumentError as error:
@@ -218,11 +206,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(word: str, names: Sequence[str]) -> str:
-    """A question that names the nearest of the names, or nothing if none is near.
-
-    >>> suggestion("LLaMA", ["llada", "gpt"]), suggestion("conf", ["entropy", "confidence"]), suggestion("x", ["gpt"])
-    ('; did you mean llada?', '; did you mean confidence?', '')
-    """
+    """A question that names the nearest of the names, or nothing if none is near."""
     from difflib import get_close_matches
 
     word = word.lower()
@@ -231,11 +215,7 @@ def suggestion(word: str, names: Sequence[str]) -> str:
 
 
 def number(kind: type, **bounds) -> Callable[[str], float]:
-    """An argparse type: an int or float within `bounds`, which are those of `check_number`.
-
-    >>> number(int, low=1)("3")
-    3
-    """
+    """An argparse type: an int or float within `bounds`, which are those of `check_number`."""
 
     def parse(text: str):
         try:
@@ -253,105 +233,55 @@ def number(kind: type, **bounds) -> Callable[[str], float]:
 
 def valid_text(text: str) -> str:
     """An argparse type: text that is valid in the terminal's encoding."""
-    if problem := encoding_problem(text):
-        raise argparse.ArgumentTypeError(problem)
+    if wrong := re.search("[\ud800-\udfff]", text):  # Python's form of a byte that it cannot decode (PEP 383)
+        where = f"byte 0x{ord(wrong[0]) & 0xFF:02X} at position {wrong.start()}"
+        encoding = f"{sys.getfilesystemencoding()}, the encoding of this terminal"
+        raise argparse.ArgumentTypeError(f"{where} is not valid {encoding}")
     return text
 
 
-POSITIVE_INT = number(int, low=1)
-SEED = number(int, low=0, high=2**63 - 1)
-
-
-# ------------------------------------------------------------------------------------------------- long work
-@contextmanager
-def deferred_interrupt(*signals: int) -> Iterator[Callable[[], bool]]:
-    """Yield stopping(), true once Ctrl-C was pressed or one of the signals came, so that a loop can end after a step.
-
-    The second time each of them acts as usual: a second Ctrl-C raises KeyboardInterrupt.
-    """
-    received = False
-    previous: dict[int, object] = {}
-
-    def on_signal(number: int, _) -> None:
-        nonlocal received
-        received = True
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, *signals):
-        previous[number] = signal.signal(number, on_signal)
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
+# ------------------------------------------------------------------------------------------------- progress
 @contextmanager
 def progress(total: float, what: str, visible: bool = True, unit: str = "") -> Iterator[Callable]:
-    """Yield update(completed, note=""): a progress bar on a terminal, a line every ten seconds elsewhere.
+    """Yield update(completed, note=""): a line that changes on a terminal, a new one every ten seconds elsewhere.
 
-    Both show the share that is done, the rate if `unit` says what is counted, the time left, and the note: a string,
-    or a function that returns one and is called only when the note is shown. Use a function if the note is costly, for
-    example because it waits for a GPU.
+    It shows the share that is done, the rate of what `unit` names, the time left, and the note: a string, or a function
+    that returns one and is called only when the note is shown.
     """
-    if not visible:
-        yield lambda completed, note="": None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(BAR_WIDTH), TaskProgressColumn()
-        note_column = TextColumn("{task.fields[note]}", markup=False)
-        with Progress(*columns, note_column, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total, note="")
-
-            def show_bar(completed: float, note: str) -> None:
-                bar.update(task, completed=completed, note=note)
-
-            yield throttled(show_bar, SECONDS_PER_UPDATE, total, unit)
-    else:
-
-        def show_line(completed: float, note: str) -> None:
-            say(f"{what}: {100 * completed / total:.0f} %  {note}".rstrip())
-
-        yield throttled(show_line, SECONDS_PER_LINE, total, unit)
-
-
-def throttled(show: Callable[[float, str], None], seconds: float, total: float, unit: str) -> Callable:
-    """update(completed, note) that calls `show` at most once in so many seconds, with the pace before the note."""
-    last, first = time.monotonic(), None
+    on_terminal, last, first = sys.stderr.isatty(), time.monotonic(), None
+    pause = SECONDS_PER_UPDATE if on_terminal else SECONDS_PER_LINE
 
     def update(completed: float, note: str | Callable[[], str] = "") -> None:
+        global progress_is_shown
         nonlocal last, first
         now = time.monotonic()
-        if first is None:  # what a resumed run had done before does not count
-            first = now, completed
-        if now - last >= seconds:
-            last = now
-            words = pace(now - first[0], completed - first[1], total - completed, unit)
-            show(completed, ", ".join(filter(None, [*words, note() if callable(note) else note])))
+        first = first or (now, completed)  # what a resumed run had done before does not count
+        if not visible or now - last < pause:
+            return
+        last = now
+        seconds, done = now - first[0], completed - first[1]
+        words = [note() if callable(note) else note]
+        if seconds > 0 and done > 0:
+            speed = f"{done / seconds:,.{int(done < 10 * seconds)}f} {unit}/s" if unit else ""
+            words = [speed, f"{timedelta(seconds=round(seconds * (total - completed) / done))} left", *words]
+        line = f"{what}: {100 * completed / total:.0f} %  {', '.join(filter(None, words))}".rstrip()
+        if on_terminal:
+            say(line[: shutil.get_terminal_size().columns - 1], end="")
+            progress_is_shown = True
+        else:
+            say(line)
 
-    return update
+    try:
+        yield update
+    finally:
+        if progress_is_shown:
+            say(end="")
 
 
-def pace(seconds: float, done: float, left: float, unit: str = "") -> list[str]:
-    """The rate, if there is a unit, and the time left, when `done` took so many seconds.
-
-    >>> pace(2.0, done=3000, left=97500, unit="tokens"), pace(10.0, done=5, left=20)
-    (['1,500 tokens/s', '0:01:05 left'], ['0:00:40 left'])
-    """
-    if seconds <= 0 or done <= 0:
-        return []
-    rate = done / seconds
-    speed = [f"{rate:,.{int(rate < 10)}f} {unit}/s"] if unit else []
-    return [*speed, f"{timedelta(seconds=round(left / rate))} left"]
-
-
-def track(items: Iterable, what: str, visible: bool = True) -> Iterator:
+def track(items: Collection, what: str) -> Iterator:
     """Iterate over `items` under a progress display."""
-    items = list(items)
-    with progress(max(len(items), 1), what, visible) as update:
+    with progress(len(items), what) as update:
         update(0)
-        for i, item in enumerate(items):
+        for i, item in enumerate(items, 1):
             yield item
-            update(i + 1)
+            update(i)

@@ -3,16 +3,14 @@
 import time
 from pathlib import Path
 
-from utils.console import progress
 from utils.files import atomic_write, sha256_of
 
 MOST_BYTES = 1 << 26  # a longer answer is none of ours
 MOST_SECONDS = 300.0  # for one attempt
-CHUNK_BYTES = 1 << 16
 
 
 def download(path: Path, url: str, sha256: str, attempts: int = 3, timeout: float = 10.0) -> Path:
-    """Download `url` to `path`, streamed, checked by status, length, time and hash, and written atomically.
+    """Download `url` to `path`, checked by status, length, time and hash, and written atomically.
 
     Proxies of the environment (HTTPS_PROXY, ...) are used. timeout: seconds without any answer. Raises OSError with the
     reason after `attempts` tries. Then nothing is left behind, and a file that was at `path` before is unchanged.
@@ -21,15 +19,13 @@ def download(path: Path, url: str, sha256: str, attempts: int = 3, timeout: floa
     from requests.packages.urllib3.exceptions import HTTPError
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    problem = "no attempt made"
     for attempt in range(attempts):
-        if attempt:
-            time.sleep(min(2 ** (attempt - 1), 5))
+        time.sleep(min(attempt, 5))
         try:
             with atomic_write(path) as temporary:
                 with requests.get(url, stream=True, timeout=timeout) as response:
                     response.raise_for_status()
-                    receive(response, temporary)
+                    temporary.write_bytes(read_body(response.raw))
                 if (received := sha256_of(temporary)) != sha256:
                     raise ValueError(f"its SHA-256 is {received[:16]}..., expected {sha256[:16]}...")
             return path
@@ -38,15 +34,13 @@ def download(path: Path, url: str, sha256: str, attempts: int = 3, timeout: floa
     raise OSError(f"could not download {url}: {problem}")
 
 
-def receive(response, path: Path) -> None:
-    """Write the body of a streamed answer to a file. Raises ValueError if it is too long or takes too long."""
-    total, received, start = int(response.headers.get("Content-Length") or MOST_BYTES), 0, time.monotonic()
-    with open(path, "wb") as file, progress(total, "download", unit="bytes") as update:
-        while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):  # what has arrived: a drip does not block
-            received += len(chunk)
-            if received > MOST_BYTES:
-                raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-            if time.monotonic() - start > MOST_SECONDS:
-                raise ValueError(f"only {received:,} bytes came in {MOST_SECONDS:.0f} seconds")
-            file.write(chunk)
-            update(received)
+def read_body(stream) -> bytes:
+    """The body of a streamed answer. Raises ValueError if it is too long or takes too long."""
+    body, start = b"", time.monotonic()
+    while chunk := stream.read1(1 << 16, decode_content=True):  # what has arrived: a drip does not block
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        if time.monotonic() - start > MOST_SECONDS:
+            raise ValueError(f"only {len(body):,} bytes came in {MOST_SECONDS:.0f} seconds")
+    return body

@@ -1,21 +1,25 @@
-"""Files: written whole or not at all, read as text in chunks, and computed once from another file."""
+"""Files: written whole or not at all, locked, sealed, and read as text."""
 
 import codecs
+import gzip
 import hashlib
-import json
-import mmap
+import io
 import os
 import platform
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 24
 SEAL = b"\nSHA-256 %b\n"  # what `seal` appends to a file: the hex digest of all bytes before
 SEAL_BYTES = len(SEAL % (64 * b"0"))
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # how texts in them begin
+PACKED = {b"PK\3\4": "a zip (or .docx)", b"BZh": "packed by bzip2", b"\xfd7zX": "packed by xz", b"%PDF": "a PDF"}
 
 
+# ------------------------------------------------------------------------------------------------- writing
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` to write to; afterwards the file is fsynced and renamed to `path`.
@@ -90,63 +94,63 @@ def check_seal(path: Path) -> None:
             raise ValueError(f"{path}: its content does not match its SHA-256: damaged, cut off or of another version")
 
 
-@dataclass
-class FileText:
-    """The text of a UTF-8 file in chunks; it can be iterated over again and again.
+# ------------------------------------------------------------------------------------------------- text
+def plain_text(content: bytes, source: str) -> str:
+    r"""The text of UTF-8 bytes without byte order mark, every line end a "\n": all text that is read goes through here.
 
-    Raises ValueError with the file and the position if it is not UTF-8.
+    >>> plain_text(b"\xef\xbb\xbfone\r\ntwo\rthree\n", "x.txt")
+    'one\ntwo\nthree\n'
+
+    Raises ValueError that names the source, the first byte that is not UTF-8, and what converts it.
+    """
+    return "".join(plain_chunks([content], source))
+
+
+def plain_chunks(chunks: Iterable[bytes], source: str) -> Iterator[str]:
+    """`plain_text` of bytes that come in chunks."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    start, end = b"", 0  # the first bytes, and how many have come
+    try:
+        for chunk in chunks:
+            start, end = start or chunk[:4], end + len(chunk)
+            if b"\0" in start[:2]:
+                raise ValueError(f"{source}: UTF-16 text without a byte order mark, or no text: convert it to UTF-8")
+            yield decoder.decode(chunk)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        byte = end - len(error.object) + error.start
+        kind = next((kind for mark, kind in MARKS.items() if start.startswith(mark)), "LATIN1")
+        conversion = f"if it is {kind}, convert it with iconv -f {kind} -t UTF-8 FILE > text.txt"
+        for mark in filter(start.startswith, PACKED):
+            conversion = f"it is {PACKED[mark]}: give the text that it holds"
+        raise ValueError(f"{source}: not UTF-8 text (byte {byte}): {conversion}") from None
+
+
+class FileText:
+    """The `plain_text` of files, `separator` between them, in chunks; it can be iterated over again and again.
+
+    Line ends that a file already ends with count as part of the separator. Files may be compressed by gzip. Raises
+    ValueError as `plain_text` does, and OSError.
     """
 
-    path: Path
+    def __init__(self, *paths: Path, separator: str = ""):
+        self.paths, self.separator = paths, separator
 
     def __iter__(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with open(self.path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                try:
-                    yield decoder.decode(chunk)
-                except UnicodeDecodeError as error:
-                    position = file.tell() - len(chunk) + error.start
-                    raise ValueError(f"{self.path}: not UTF-8 text (near byte {position}): convert it first") from None
-        if decoder.getstate()[0]:
-            raise ValueError(f"{self.path}: not UTF-8 text (it ends inside a character): convert it first")
+        end = self.separator  # of the text before
+        for path in self.paths:
+            missing = self.separator[len(end) - len(end.rstrip("\n")) :]
+            for text in chain([missing], plain_chunks(read_chunks(path), str(path))):
+                end = (end + text)[-2:]
+                yield text
 
 
-def mapped_cache(source: Path, path: Path, build: Callable[[Path], dict]) -> tuple[mmap.mmap, str, dict]:
-    """Memory-map the file at `path`, which is computed from the file `source` on first use and when that has changed.
-
-    build(temporary) writes the content to a temporary file and returns plain values. PATH.json keeps these, the hash of
-    the source, its size and its modification time, so that an unchanged source need not be read again, and a hash of
-    all this: a damaged cache is built again. Both files are written atomically, PATH.json last.
-    Returns the mapping, the source's SHA-256 and the values.
-    """
-    note_path = path.with_name(path.name + ".json")
-    stat = source.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    note = read_note(note_path, path)
-    if note is None or (note["stamp"] != stamp and note["sha256"] != sha256_of(source)):
-        with atomic_write(path) as temporary:
-            values = build(temporary)
-        note = {"sha256": sha256_of(source), "values": values}
-        note["check"] = check_of(path, note)
-    if note.get("stamp") != stamp:
-        note["stamp"] = stamp
-        with atomic_write(note_path) as temporary:
-            temporary.write_text(json.dumps(note))
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, decompressed if gzip compressed them."""
     with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch wants a writable array
-    return mapping, note["sha256"], note["values"]
-
-
-def read_note(note_path: Path, path: Path) -> dict | None:
-    """What `mapped_cache` has noted about the file at `path`; None if there is nothing, or either file is damaged."""
-    try:
-        note = json.loads(note_path.read_text())
-        return note if note["check"] == check_of(path, note) and "stamp" in note else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def check_of(path: Path, note: dict) -> str:
-    """A hash of a cached file and of what is noted about it."""
-    return hashlib.sha256(json.dumps([sha256_of(path), note["sha256"], note["values"]]).encode()).hexdigest()
+        stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        try:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged: {error}") from None

@@ -19,8 +19,7 @@ class Processes:
     """This process, number `rank` of `world`; `device` is its own device, `is_main` is true for rank 0."""
 
     def __init__(self, device: str):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
         if self.world > 1 and device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -28,7 +27,7 @@ class Processes:
         self.device = torch.device(device)
 
     def __str__(self) -> str:
-        return f"{self.device.type}" + (f", {self.world} processes" if self.world > 1 else "")
+        return self.device.type + (f", {self.world} processes" if self.world > 1 else "")
 
     @contextmanager
     def joined(self):
@@ -40,24 +39,19 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if "peer" not in str(error) and "gloo" not in str(error).lower() and "NCCL" not in str(error):
+            if not any(word in str(error).lower() for word in ("peer", "gloo", "nccl")):
                 raise
-            sys.exit(self.lost())
+            if self.is_main:
+                problem = "another training process died; the last checkpoint is intact: continue with --resume"
+                say(f"train.py: error: {problem}")
+            sys.exit(1)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    def lost(self) -> int:
-        """Report that another process died; returns the exit code."""
-        if self.is_main:
-            say("train.py: error: another training process died; the last checkpoint is intact: continue with --resume")
-        return 1
-
     def replicate(self, model: nn.Module) -> nn.Module:
         """The model wrapped so that gradients are averaged over the processes."""
-        if self.world == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(model)
+        return model if self.world == 1 else nn.parallel.DistributedDataParallel(model)
 
     def share(self, batch: NamedTuple, part: int, parts: int) -> NamedTuple:
         """This process's rows of micro-batch `part` of `parts` of a global batch of tensors (B, ...), on its device."""
