@@ -1,37 +1,102 @@
 """Checkpoints: one self-contained file with everything needed to generate, evaluate or resume, and the files of a run.
 
-They hold tensors and plain values only, so that loading one never runs code.
+They hold tensors and plain values only, so that loading one never runs code. What a file or a configuration asks for of
+extras/ is imported here, so that the story need not know it.
 """
 
-import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from model import MODELS, ModelConfig, Transformer, adapt, least_bytes, lora_state, merge_lora
-from tokenizer import Tokenizer, tokenizer_from_dict
+from config import ModelConfig
+from model import MODELS, NEVER_PREDICTED, Transformer, least_bytes
+from tokenizer import SimpleTokenizer, Tokenizer
 from utils.console import say
 from utils.devices import memory_problem, pick_device
-from utils.errors import ArgumentError
+from utils.errors import ArgumentError, check_number
 from utils.files import LockedError, atomic_write, check_seal, locked, seal, sha256_of
 
-FORMAT = 2
+FORMAT = 3
 ENTRIES = {  # of the dictionary in a file, and their types
     **{"format": int, "name": str, "config": dict, "base": dict | None, "model": dict, "tokenizer": dict},
     **{"corpus": dict, "step": int, "history": list, "training": dict},
 }
+TABLES, SCALE = "encoder.ngrams.tables.weight", "encoder.ngrams.tables.weight.scale"  # most of the bytes of a model
 RUN_FILES = ("best.pt", "last.pt")  # of a run's folder, which stands for the first of them that it holds
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the project: NAME.pt
 
 
+# ------------------------------------------------------------------------------------------------- networks
+def new_model(name: str, config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Transformer:
+    """A network with random weights, or with those given. Adapters, if it has any, are new. Raises ArgumentError."""
+    if config.arch == "vanilla":
+        import extras.vanilla
+    if config.segments == "pairs":
+        import extras.pairs  # noqa: F401 (it adds the kind of corpus)
+    if config.parallel > 1:
+        from extras.streams import StreamsGPT
+
+        if name != "gpt":
+            raise ArgumentError("parallel", "is for GPT: LLaDA writes in several places anyway")
+    model = (MODELS[name] if config.parallel == 1 else StreamsGPT)(config)
+    if weights is not None:
+        model.load_state_dict(weights)
+    if config.lora_rank:
+        from extras.lora import add_adapters
+
+        add_adapters(model)
+    return model
+
+
+def continued(base: Transformer, config: ModelConfig) -> Transformer:
+    """A new network with the weights of `base`, without its adapters. Only the vocabulary may be larger.
+
+    The rows, n-grams and logits of old ids stay as they are, bit for bit. A new id's row of the head is the mean of
+    those of the old ids. Its logit is then the mean of their logits. So it is at most as likely as they are on average
+    (Jensen), and never forbidden: the loss on old text grows by at most log(1 + new / old). Its embedding is the mean
+    too (Hewitt 2021, "Initializing new word embeddings"), with noise of a tenth of their standard deviation, so that
+    new ids differ. "Old ids" are those that can be predicted. Raises ArgumentError for a smaller vocabulary.
+    """
+    check_number("vocab_size", config.vocab_size, low=base.config.vocab_size)
+    state, new = merged(base).state_dict(), config.vocab_size - base.config.vocab_size
+    if new:
+        embedding, head = state["encoder.embedding.weight"], state["head.weight"]  # (V, C) each
+        std, mean = torch.std_mean(embedding[NEVER_PREDICTED:], dim=0)
+        state["encoder.embedding.weight"] = torch.cat([embedding, mean + 0.1 * std * torch.randn(new, len(mean))])
+        state["head.weight"] = torch.cat([head, head[NEVER_PREDICTED:].mean(0).expand(new, -1)])
+    ngram_base = base.config.ngram_base or base.config.vocab_size
+    return new_model(base.name, replace(config, ngram_base=ngram_base), state)
+
+
+def merged(model: Transformer) -> Transformer:
+    """The model itself, its adapters added to the weights that they change: they are gone, the outputs stay."""
+    if model.config.lora_rank:
+        from extras.lora import merge_adapters
+
+        merge_adapters(model)
+    return model
+
+
+def tokenizer_from_dict(state: dict) -> Tokenizer:
+    """The inverse of a tokenizer's `to_dict`. Raises ValueError, KeyError or TypeError for anything else."""
+    if "tokenizer_json" not in state:
+        return SimpleTokenizer.from_dict(state)
+    from extras.bpe import BPETokenizer
+
+    return BPETokenizer.from_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------- writing
 @dataclass
 class Checkpoint:
     """A model, its tokenizer and how it was trained."""
@@ -39,7 +104,7 @@ class Checkpoint:
     model: Transformer
     tokenizer: Tokenizer
     corpus: dict  # {"name", "sha256", "val_fraction"} of the text it was trained on
-    step: int = 0
+    step: int = 0  # of this run and of those that it began from
     history: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
     training: dict = field(default_factory=dict)  # what resuming needs, see `Trainer.checkpoint`
     path: Path | None = None
@@ -51,102 +116,77 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def export_weights(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a model to use and not to train on: its weights in half precision, adapters merged.
-
-    It is an ordinary checkpoint of an eighth of the size. Rounding to float16 changes its loss in the fifth digit.
-    """
-    state = merge_lora(checkpoint.model) if checkpoint.model.config.lora_rank else checkpoint.model
-    half = {name: tensor.half() for name, tensor in state.state_dict().items()}
-    write_state(path, checkpoint, half, {}, config=state.config)
+    """Write a model to use and not to train on: its weights in half precision, the rows of n-gram tables in 8 bits."""
+    weights = merged(checkpoint.model).state_dict()
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    if TABLES in weights:
+        rows = weights[TABLES]
+        half[SCALE] = (rows.abs().amax(1) / 127).clamp(min=1e-8).half().clamp(min=2**-24)  # (rows,), one for each
+        half[TABLES] = (rows / half[SCALE].float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    write_state(path, checkpoint, half, {})
 
 
 def save_adapters(path: str | Path, checkpoint: Checkpoint, base: dict) -> None:
-    """Write the adapters of a model alone. base: {"path", "sha256"} of the checkpoint that they change."""
-    write_state(path, checkpoint, lora_state(checkpoint.model), {}, base=base)
+    """Write what a model with adapters has learned, alone. base: {"path", "sha256"} of the checkpoint it began from."""
+    from extras.lora import adapter_state
+
+    write_state(path, checkpoint, adapter_state(checkpoint.model), {}, base)
 
 
-def write_state(
-    path: str | Path,
-    checkpoint: Checkpoint,
-    weights: dict[str, torch.Tensor],
-    training: dict,
-    config: ModelConfig | None = None,
-    base: dict | None = None,
-) -> None:
+def write_state(path: str | Path, checkpoint: Checkpoint, weights: dict, training: dict, base: dict | None = None):
     """Write a checkpoint's file with these weights and this training state, and its hash at the end.
 
     Raises ValueError for weights that are not finite, and OSError.
     """
-    path = Path(path)
+    path, model = Path(path), checkpoint.model
     check_finite(path, weights)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "format": FORMAT,
-        "name": checkpoint.model.name,
-        "config": (config or checkpoint.model.config).to_dict(),
-        "base": base,
-        "model": weights,
-        "tokenizer": checkpoint.tokenizer.to_dict(),
-        "corpus": checkpoint.corpus,
-        "step": checkpoint.step,
-        "history": checkpoint.history,
-        "training": training,
-    }
+    values = FORMAT, model.name, model.config.to_dict(), base, weights, checkpoint.tokenizer.to_dict()
+    values += checkpoint.corpus, checkpoint.step, checkpoint.history, training
     with atomic_write(path) as temporary:
         try:
             with open(temporary, "wb") as file:
-                torch.save(state, file)
+                torch.save(dict(zip(ENTRIES, values, strict=True)), file)
         except RuntimeError as error:  # which torch makes of an OSError, such as that of a full disk
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         seal(temporary)
 
 
-def check_finite(path: Path, weights: dict[str, torch.Tensor]) -> None:
+def check_finite(path: Path, weights: dict[str, Tensor]) -> None:
     """Raise ValueError, naming the file and the weight, for a weight that is NaN or infinite."""
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
 
 
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Make `target` the same checkpoint as `source`: a hard link where the file system allows it, else a copy.
-
-    A link is safe, because checkpoints are only ever replaced and never modified in place.
-    """
-    with atomic_write(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+# ------------------------------------------------------------------------------------------------- reading
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resuming: bool = False) -> Checkpoint:
     """Read what `save_checkpoint` wrote; the model is on `device`, in eval mode. path: as of `checkpoint_file`.
 
-    Raises ValueError that names the file if it is missing, damaged or no checkpoint of this project, and ArgumentError
-    for a device that this machine does not have.
+    Adapters are merged, unless their run is to be resumed. Raises ValueError that names the file if it is missing,
+    damaged or no checkpoint of this project, and ArgumentError for a device that this machine does not have.
     """
     device, path = pick_device(str(device)), checkpoint_file(path)
     state = read_state(path)
-    base = merged_base(path, state["base"]) if state["base"] else None
+    base = base_of(path, state["base"]) if state["base"] else None
     try:
         config, tokenizer = ModelConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
         check_sizes(state, config, tokenizer)
-        model = MODELS[state["name"]](config) if base is None else adapt(base, config)
-        kept = {} if base is None else model.state_dict().keys() - lora_state(model).keys()
-        model.load_state_dict({name: model.state_dict()[name] for name in kept} | state["model"])
+        weights = state["model"]
+        with torch.random.fork_rng(devices=[]):  # the first weights are replaced: leave the generator as it was
+            model = new_model(state["name"], config) if base is None else continued(base, config)
+        if base is not None:
+            from extras.lora import adapter_state
+
+            frozen = model.state_dict().keys() - adapter_state(model).keys()
+            weights = {name: model.state_dict()[name] for name in frozen} | weights
+        model.load_state_dict(weights)
     except (TypeError, KeyError, ValueError, RuntimeError) as error:  # other fields, sizes, weights or tokenizer
         problem = " ".join(str(error).split())[:200]  # torch's are several lines
         raise ValueError(f"{path}: of another version of the network ({problem}): train it again") from None
-    return Checkpoint(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        corpus=state["corpus"],
-        step=state["step"],
-        history=state["history"],
-        training=state["training"],
-        path=path,
-    )
+    rest = {name: state[name] for name in ("corpus", "step", "history", "training")}
+    model = model if resuming else merged(model)
+    return Checkpoint(model.to(device).eval(), tokenizer, **rest, path=path)
 
 
 def checkpoint_file(path: str | Path, names: tuple[str, ...] = RUN_FILES) -> Path:
@@ -176,9 +216,15 @@ def read_state(path: Path) -> dict:
     if state["format"] != FORMAT or state["name"] not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
     for name, tensor in state["model"].items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float16):
+        kinds = (torch.float32, torch.float16, *([torch.int8] if name == TABLES and SCALE in state["model"] else []))
+        if not isinstance(tensor, Tensor) or tensor.dtype not in kinds:
             raise ValueError(f"{path}: {name} is no tensor of float32 or float16: train it again")
     check_finite(path, state["model"])
+    if SCALE in state["model"]:
+        scale, rows = state["model"].pop(SCALE).float(), state["model"].get(TABLES, torch.zeros(0, 0))
+        if scale.shape != rows.shape[:1]:
+            raise ValueError(f"{path}: {SCALE} has {len(scale)} rows, its table {len(rows)}: train it again")
+        state["model"][TABLES] = rows * scale[:, None]
     return state
 
 
@@ -194,26 +240,23 @@ def check_sizes(state: dict, config: ModelConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(f"its network would have {needed:,} bytes of weights, and the file holds {held:,}")
 
 
-def merged_base(path: Path, base: dict) -> Transformer:
-    """The model that the adapters in `path` were trained on. Raises ValueError if it is not there."""
-    try:
-        if sha256_of(Path(base["path"])) == base["sha256"]:
-            return merge_lora(load_checkpoint(base["path"]).model)
-    except (FileNotFoundError, KeyError, TypeError):
-        pass
+def base_of(path: Path, base: dict) -> Transformer:
+    """The model from which the adapters in `path` began: where it was, or any .pt file beside them that is the same.
+
+    Raises ValueError if it is not there.
+    """
+    for file in (Path(str(base.get("path"))), *sorted(path.resolve().parent.glob("*.pt"))):
+        with suppress(OSError):
+            if sha256_of(file) == base.get("sha256"):
+                return load_checkpoint(file).model
     missing = f"{base.get('path')}, which is missing or has changed"
-    raise ValueError(f"{path}: holds adapters of {missing}: restore that file")
+    raise ValueError(f"{path}: holds adapters of {missing}: restore that file, or put it beside, under any name")
 
 
 def find_checkpoints(out: str | Path = "out") -> list[Path]:
-    """The checkpoints of the runs under `out`, newest run first: best.pt of each, or last.pt if there is no best."""
-    found = []
-    for name in MODELS:
-        candidates = [Path(out) / name / file for file in RUN_FILES]
-        existing = [path for path in candidates if path.is_file()]
-        if existing:
-            found.append((max(path.stat().st_mtime_ns for path in existing), existing[0]))
-    return [path for _, path in sorted(found, reverse=True)]
+    """The checkpoints of the runs under `out`, LLaDA's first: best.pt of each, or last.pt if there is no best."""
+    folders = [Path(out) / name for name in MODELS]
+    return [checkpoint_file(folder) for folder in folders if any((folder / file).is_file() for file in RUN_FILES)]
 
 
 def pretrained_checkpoints() -> list[Path]:
@@ -221,16 +264,18 @@ def pretrained_checkpoints() -> list[Path]:
     return [path for name in MODELS if (path := PRETRAINED / f"{name}.pt").is_file()]
 
 
-def newest_checkpoint(out: str | Path = "out", name: str | None = None) -> Path:
-    """The newest checkpoint under `out`, of model `name` if given, else the pretrained one.
+def newest_checkpoint(out: str | Path | None = None, name: str | None = None) -> Path:
+    """The checkpoint under `out` of model `name` (None: LLaDA if there is one, else GPT).
 
-    Raises ValueError if there is none.
+    out None: that under out/, or else the pretrained one. Raises ValueError if there is none.
     """
-    for path in [*find_checkpoints(out), *pretrained_checkpoints()]:
-        if name is None or name in (path.parent.name, path.stem):
-            return path
+    found = find_checkpoints(out or "out") + (pretrained_checkpoints() if out is None else [])
+    for wanted in (name,) if name else MODELS:
+        for path in found:
+            if wanted in (path.parent.name, path.stem):
+                return path
     which = f" --model {name}" if name else ""
-    raise ValueError(f"no checkpoint under {out}/: train one with `python train.py{which}`, or pass --checkpoint FILE")
+    raise ValueError(f"no checkpoint under {out or 'out'}/: train one with `python train.py{which}`, or name its FILE")
 
 
 # ------------------------------------------------------------------------------------------------- a run's folder
@@ -243,6 +288,7 @@ class CheckpointWriter:
 
     def __init__(self, trainer, folder: Path, resumed_from: Path | None = None):
         self.trainer, self.folder, self.resumed_from = trainer, folder, resumed_from
+        self.best = folder / "best.pt"
         self.is_new = resumed_from is None or resumed_from.resolve().parent != folder.resolve()
         self.saved = time.monotonic()
 
@@ -255,14 +301,12 @@ class CheckpointWriter:
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.folder.with_name(f".{self.folder.name}.lock")))
-                self.folder.mkdir(exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder):
-                    pass
             except LockedError as error:
                 problem = f"{self.folder}: {error} trains into it: wait for it, or choose another folder"
                 raise ArgumentError("out", problem) from None
             except OSError as error:
                 raise ArgumentError("out", f"{self.folder}: cannot write there ({error.strerror})") from None
+            check_writable("out", self.folder)
             self.complete()
             yield
 
@@ -282,17 +326,22 @@ class CheckpointWriter:
         self.save_best()
 
     def save_best(self) -> None:
-        """Make best.pt the state in last.pt, if its record is the best so far."""
-        losses = list(map(loss_of_weights, self.trainer.history))
-        best = self.folder / "best.pt"  # missing at first, also if the history of another folder has a better record
-        if losses[-1] <= min(losses) or not best.exists():
-            copy_checkpoint(self.folder / "last.pt", best)
+        """Make best.pt the state in last.pt, if its record is the best so far: a hard link, else a copy.
+
+        A link is safe, because checkpoints are only ever replaced and never modified in place.
+        """
+        losses = list(map(deciding_loss, self.trainer.history))
+        if losses[-1] <= min(losses) or not self.best.exists():  # at first, or in another folder
+            with atomic_write(self.best) as temporary:
+                try:
+                    os.link(self.folder / "last.pt", temporary)
+                except OSError:
+                    shutil.copyfile(self.folder / "last.pt", temporary)
 
     def save_last(self) -> None:
         """Write last.pt and metrics.jsonl."""
         if self.is_new and any(self.folder.glob("*.pt")):
-            names = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
+            aside = next(p for i in count(1) if not (p := self.folder.with_name(f"{self.folder.name}.{i}")).exists())
             self.folder.rename(aside)
             say(f"the run that was in {self.folder} is now in {aside}")
         self.is_new = False
@@ -302,7 +351,7 @@ class CheckpointWriter:
 
     def write_history(self) -> None:
         """Write metrics.jsonl."""
-        self._write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
 
     def save_if_older(self, seconds: float) -> None:
         """`save_last`, if the last time is so long ago."""
@@ -311,20 +360,33 @@ class CheckpointWriter:
 
     def save_summary(self, summary: dict) -> None:
         """Write summary.json; of a run that trained adapters also adapters.pt, the best ones alone."""
-        if summary["fine_tuning"] and self.trainer.config.lora_rank:
-            best = load_checkpoint(self.folder / "best.pt")
+        best = load_checkpoint(self.best, resuming=True)
+        if best.model.config.lora_rank:
             save_adapters(self.folder / "adapters.pt", best, summary["fine_tuning"]["base"])
-        self._write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def _write_text(self, name: str, text: str) -> None:
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the run."""
         with atomic_write(self.folder / name) as temporary:
             temporary.write_text(text)
 
 
-def loss_of_weights(record: dict) -> float:
-    """Validation loss of the weights that were saved with this record, nats/char: calibrated if they are.
+def check_writable(argument: str, folder: Path) -> None:
+    """Make a folder unless it is there. Raises ArgumentError if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArgumentError(argument, f"{folder}: cannot write there ({error.strerror})") from None
 
-    >>> loss_of_weights({"val_loss": 1.62}), loss_of_weights({"val_loss": 1.6, "calibrated_val_loss": 1.58})
-    (1.62, 1.58)
+
+def deciding_loss(record: dict) -> float:
+    """The loss of a validation by which best.pt is chosen: that of what the sampler writes, where it is trained.
+
+    Losses are those of the weights as they were trained. Calibrated ones, which exist at the end alone, never decide.
+
+    >>> deciding_loss({"val_loss": 1.6}), deciding_loss({"val_loss": 1.6, "sampler_loss": 1.4})
+    (1.6, 1.4)
     """
-    return record.get("calibrated_val_loss", record["val_loss"])
+    return record.get("sampler_loss", record["val_loss"])

@@ -22,10 +22,9 @@ import torch._dynamo  # imported by optimizers when they are made: once, here
 
 import train
 import trainer  # noqa: F401 (imported before the forks)
-from checkpoint import load_checkpoint, loss_of_weights
+from checkpoint import deciding_loss, load_checkpoint
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--ngram-rows", "101"]
-FILES = ("last.pt", "best.pt")
 
 
 def start(folder: Path, steps: int, model: str) -> int:
@@ -76,8 +75,8 @@ def check_files(folder: Path, before: dict) -> dict:
     if (folder / "best.pt").exists():
         best = load_checkpoint(folder / "best.pt")
         assert best.step == best.history[-1]["step"]
-        state["best"] = loss_of_weights(best.history[-1])
-        assert state["best"] == min(map(loss_of_weights, best.history))
+        state["best"] = deciding_loss(best.history[-1])
+        assert state["best"] == min(map(deciding_loss, best.history))
     if (folder / "metrics.jsonl").exists():
         text = (folder / "metrics.jsonl").read_text()
         steps = [json.loads(line)["step"] for line in text.splitlines()]
@@ -132,7 +131,7 @@ def kill_again_and_again(work: Path, kills: int, steps: int, model: str, seed: i
     assert ended(start(folder, steps, model), time.monotonic() + 600, None)
     check_files(folder / model, state)
     assert not list((folder / model).glob("*.part"))
-    for name in FILES:
+    for name in ("last.pt", "best.pt"):
         one, two = (torch.load(work / run / model / name) for run in ("whole", "killed"))
         for state in (one, two):
             state["training"]["config"].pop("data")

@@ -2,43 +2,59 @@
 
 import os
 import random
+import shutil
+from itertools import product
 
 import pytest
 import torch
 
 import checkpoint
 from checkpoint import (
+    SCALE,
+    TABLES,
     Checkpoint,
     checkpoint_file,
+    continued,
     export_weights,
     find_checkpoints,
     load_checkpoint,
+    new_model,
     newest_checkpoint,
     save_adapters,
     save_checkpoint,
 )
-from model import MODELS, ModelConfig, add_lora
-from tokenizer import SimpleTokenizer, train_bpe
+from config import ModelConfig
+from extras.bpe import train_bpe
+from model import MODELS
+from tokenizer import SimpleTokenizer
 from utils.files import seal, sha256_of
 
+TOKENS = torch.tensor([[4, 5, 6]])
+SIZES = {"block_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1, "ngram_rows": 101}
 
-def small(name: str = "gpt", arch: str = "rotary", tokenizer=SimpleTokenizer("abc")) -> Checkpoint:  # noqa: B008
-    config = ModelConfig(tokenizer.vocab_size, 8, n_embd=8, n_head=2, n_layer=1, arch=arch, ngram_rows=101)
-    model = MODELS[name](config)
+
+def small(name: str = "gpt", tokenizer=SimpleTokenizer("abc"), **settings) -> Checkpoint:  # noqa: B008
+    """A small model with random weights, also where they start at zero."""
+    model = new_model(name, ModelConfig(tokenizer.vocab_size, **(SIZES | settings)))
+    for p in model.parameters():
+        p.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
     corpus = {"name": "x", "sha256": "0", "val_fraction": 0.1}
     return Checkpoint(model, tokenizer, corpus, 3, [{"step": 3, "val_loss": 1.5}], {"generator": torch.arange(3)})
 
 
-@pytest.mark.parametrize("arch", ["rotary", "vanilla"])
-@pytest.mark.parametrize("name", MODELS)
-def test_round_trip(tmp_path, name, arch):
-    saved = small(name, arch)
+KINDS = [{}, {"arch": "vanilla"}, {"segments": "pairs"}, {"ngram_width": 4}]
+
+
+@pytest.mark.parametrize(("name", "settings"), [*product(MODELS, KINDS), ("gpt", {"parallel": 2})])
+def test_round_trip(tmp_path, name, settings):
+    saved = small(name, **settings)
     save_checkpoint(tmp_path / "a" / "last.pt", saved)
+    before = torch.get_rng_state()
     loaded = load_checkpoint(tmp_path / "a" / "last.pt")
+    assert torch.equal(torch.get_rng_state(), before)
     assert type(loaded.model) is type(saved.model)
     assert not loaded.model.training
-    tokens = torch.tensor([[4, 5, 6]])
-    assert torch.equal(loaded.model(tokens), saved.model.eval()(tokens))
+    assert torch.equal(loaded.model(TOKENS), saved.model.eval()(TOKENS))
     assert loaded.tokenizer.to_dict() == saved.tokenizer.to_dict()
     assert (loaded.corpus, loaded.step, loaded.history) == (saved.corpus, saved.step, saved.history)
     assert torch.equal(loaded.training["generator"], saved.training["generator"])
@@ -52,44 +68,52 @@ def test_a_subword_tokenizer_is_in_the_file(tmp_path, name):
     assert load_checkpoint(tmp_path / "last.pt").tokenizer.to_dict() == saved.tokenizer.to_dict()
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_exported_weights_are_those_of_the_model_in_half_precision(tmp_path, rank):
-    saved = small()
-    saved.model = add_lora(randomized(saved.model), rank) if rank else randomized(saved.model)
-    for p in saved.model.parameters():
+def adapted(base: Checkpoint) -> Checkpoint:
+    """The model with adapters that change it, and a head that calibration has scaled."""
+    other = small()
+    other.model = continued(base.model, ModelConfig(**(base.model.config.to_dict() | {"lora_rank": 2})))
+    for p in other.model.parameters():
         p.data += 0.1 if p.requires_grad else 0.0
+    other.model.head.weight.data *= 1.5
+    return other
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_exported_weights_are_those_of_the_model_in_half_precision_and_the_tables_in_8_bits(tmp_path, rank):
+    saved = adapted(small()) if rank else small()
+    expected = saved.model.eval()(TOKENS)
     export_weights(tmp_path / "x.pt", saved)
-    loaded, tokens = load_checkpoint(tmp_path / "x.pt"), torch.tensor([[4, 5, 6]])
+    loaded = load_checkpoint(tmp_path / "x.pt")
     assert loaded.model.config.lora_rank == 0
     assert loaded.training == {}
-    assert torch.allclose(loaded.model(tokens), saved.model.eval()(tokens), rtol=2e-2, atol=2e-2)
-    stored = torch.load(tmp_path / "x.pt")["model"].values()
-    assert {tensor.dtype for tensor in stored} == {torch.float16}
+    assert torch.allclose(loaded.model(TOKENS), expected, rtol=3e-2, atol=0.1)
+    stored = torch.load(tmp_path / "x.pt")["model"]
+    assert {tensor.dtype for name, tensor in stored.items() if name != TABLES} == {torch.float16}
+    assert stored[TABLES].dtype == torch.int8
+    table, read = saved.model.encoder.ngrams.tables.weight, loaded.model.encoder.ngrams.tables.weight
+    largest = table.abs().amax(1, keepdim=True)
+    assert ((read - table).abs() <= 0.6 / 127 * largest).all()
 
 
-def test_adapters_alone_need_the_model_that_they_change(tmp_path):
+def test_adapters_alone_need_the_model_that_they_change_wherever_it_is(tmp_path):
+    """Also with a calibrated head: issue 22, point 1. The base may be moved beside the adapters: issue 24, point 25."""
     base = small()
-    base.model = randomized(base.model)
+    (tmp_path / "a").mkdir()
     save_checkpoint(tmp_path / "base.pt", base)
-    adapted = small()
-    adapted.model = add_lora(base.model, 2)
-    for p in adapted.model.parameters():
-        p.data += 0.1 if p.requires_grad else 0.0
+    tuned = adapted(load_checkpoint(tmp_path / "base.pt"))
     note = {"path": str(tmp_path / "base.pt"), "sha256": sha256_of(tmp_path / "base.pt")}
-    save_adapters(tmp_path / "adapters.pt", adapted, note)
-    loaded, tokens = load_checkpoint(tmp_path / "adapters.pt"), torch.tensor([[4, 5, 6]])
-    assert torch.equal(loaded.model(tokens), adapted.model.eval()(tokens))
-    save_checkpoint(tmp_path / "base.pt", small())
+    save_adapters(tmp_path / "a/adapters.pt", tuned, note)
+    expected = tuned.model.eval()(TOKENS)
+    assert torch.equal(load_checkpoint(tmp_path / "a/adapters.pt", resuming=True).model(TOKENS), expected)
+    loaded = load_checkpoint(tmp_path / "a/adapters.pt").model
+    assert loaded.config.lora_rank == 0
+    assert torch.allclose(loaded(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    shutil.move(tmp_path / "base.pt", tmp_path / "a/any.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "a/adapters.pt").model(TOKENS), loaded(TOKENS))
+    (tmp_path / "a/any.pt").unlink()
+    save_checkpoint(tmp_path / "base.pt", small(segments="line"))
     with pytest.raises(ValueError, match=r"adapters.pt: holds adapters of .*base.pt, which is missing or has changed"):
-        load_checkpoint(tmp_path / "adapters.pt")
-
-
-def randomized(model):
-    """The model with random weights where it starts at zero."""
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        p.data.normal_(generator=generator)
-    return model
+        load_checkpoint(tmp_path / "a/adapters.pt")
 
 
 @pytest.fixture
@@ -162,8 +186,12 @@ def altered(entry: str, **values):
         (altered("model", **{HEAD: "weights"}), "head.weight is no tensor of float32"),
         (altered("model", **{HEAD: torch.full((7, 8), torch.nan)}), "head.weight is not finite"),
         (altered("model", **{HEAD: torch.full((7, 8), torch.inf)}), "head.weight is not finite"),
+        (altered("model", **{SCALE: torch.zeros(7, dtype=torch.float16)}), "has 7 rows, its table 505"),
+        (altered("model", **{TABLES: torch.zeros(505, 8, dtype=torch.int8)}), "is no tensor of float32 or float16"),
         (altered("config", n_expert=8), "n_expert"),
-        (altered("config", n_embd="8"), "n_embd|not supported"),
+        (altered("config", parallel=5), "parallel must be at most 4"),
+        (lambda state: altered("config", parallel=2)(state) or state | {"name": "llada"}, "parallel is for GPT"),
+        (altered("config", n_embd="8"), "of another version"),
         (altered("config", n_embd=9), "n_embd must be a multiple"),
         (altered("config", n_embd=1 << 20), "GB of memory"),
         (altered("config", n_layer=900), "the file holds"),
@@ -172,7 +200,7 @@ def altered(entry: str, **values):
         (altered("config", vocab_size=8), "7 tokens, its network 8"),
         (altered("config", ngram_rows=1 << 20), "the file holds"),
         (altered("tokenizer", characters="abcd"), "8 tokens, its network 7"),
-        (altered("tokenizer", characters=5), "not iterable"),
+        (altered("tokenizer", characters=5), "iterable"),
         (altered("tokenizer", special_tokens=["[PAD]"]), "special tokens"),
         (lambda state: state | {"tokenizer": {}}, "special_tokens"),
         (lambda state: state | {"base": {"path": 3}}, "adapters"),
@@ -218,16 +246,31 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_the_newest_run_is_found_by_model(tmp_path, monkeypatch):
+def test_runs_are_found_by_model_and_without_one_the_pretrained_unless_a_folder_was_named(tmp_path, monkeypatch):
+    """LLaDA by default, whichever was trained last: issue 24, point 7; a named folder without a model: point 6."""
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="train one"):
-        newest_checkpoint(tmp_path)
-    for age, path in enumerate(["llada/last.pt", "gpt/best.pt", "gpt/last.pt"]):
+        newest_checkpoint()
+    for path in (
+        *(f"pretrained/{name}.pt" for name in MODELS),
+        "runs/llada/last.pt",
+        "runs/gpt/best.pt",
+        "runs/gpt/last.pt",
+    ):
         save_checkpoint(tmp_path / path, small())
-        os.utime(tmp_path / path, (age, age))
-    assert newest_checkpoint(tmp_path) == tmp_path / "gpt/best.pt"
-    assert newest_checkpoint(tmp_path, "llada") == tmp_path / "llada/last.pt"
-    assert find_checkpoints(tmp_path) == [tmp_path / "gpt/best.pt", tmp_path / "llada/last.pt"]
+    best, last = tmp_path / "runs/gpt/best.pt", tmp_path / "runs/llada/last.pt"
+    assert find_checkpoints(tmp_path / "runs") == [last, best]
+    assert (newest_checkpoint("runs"), newest_checkpoint("runs", "gpt")) == (
+        last.relative_to(tmp_path),
+        best.relative_to(tmp_path),
+    )
+    assert newest_checkpoint() == tmp_path / "pretrained/llada.pt"
+    assert newest_checkpoint(name="gpt") == tmp_path / "pretrained/gpt.pt"
+    with pytest.raises(ValueError, match=r"no checkpoint under nowhere/"):
+        newest_checkpoint("nowhere")
+    last.unlink()
+    assert newest_checkpoint("runs") == best.relative_to(tmp_path)
 
 
 def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path):
@@ -239,15 +282,3 @@ def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path):
     assert load_checkpoint(str(tmp_path)).path == tmp_path / "best.pt"
     assert checkpoint_file(tmp_path, ("last.pt",)) == tmp_path / "last.pt"
     assert checkpoint_file(tmp_path / "any") == tmp_path / "any"
-
-
-def test_without_a_run_of_a_model_its_pretrained_one_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrained")
-    for path in ("pretrained/llada.pt", "pretrained/gpt.pt"):
-        save_checkpoint(tmp_path / path, small())
-    assert newest_checkpoint(tmp_path) == tmp_path / "pretrained/llada.pt"
-    assert newest_checkpoint(tmp_path, "gpt") == tmp_path / "pretrained/gpt.pt"
-    save_checkpoint(tmp_path / "gpt/best.pt", small())
-    assert newest_checkpoint(tmp_path) == tmp_path / "gpt/best.pt"
-    assert newest_checkpoint(tmp_path, "llada") == tmp_path / "pretrained/llada.pt"
-    assert find_checkpoints(tmp_path) == [tmp_path / "gpt/best.pt"]

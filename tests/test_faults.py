@@ -1,5 +1,6 @@
 """Disks, folders and processes that fail: one clear line, and what was saved before is intact."""
 
+import io
 import os
 import shutil
 import signal
@@ -25,7 +26,8 @@ def call(tmp_path, corpus_file, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
-        usual = [] if "--resume" in flags else ["--data", "corpus.txt", *TINY, "--eval-every", "2"]
+        usual = [] if "--resume" in flags else ["--data", "corpus.txt", *TINY]
+        usual += [] if {"--resume", "--eval-every"} & set(flags) else ["--eval-every", "2"]
         monkeypatch.setattr(sys, "argv", ["train.py", *usual, *map(str, flags)])
         try:
             run_program(train.main)
@@ -38,42 +40,28 @@ def call(tmp_path, corpus_file, monkeypatch, capsys):
     return call
 
 
-class FullDisk:
-    """open(), but writing fails after so many bytes with the error of a full disk."""
+class FileOnFullDisk(io.FileIO):
+    """Writing fails after `room` bytes with the error of a full disk."""
 
-    def __init__(self, room: int):
-        self.room = room
+    room = 0
 
-    def __call__(self, path, mode="r", *args, **settings):
-        file = open(path, mode, *args, **settings)  # noqa: SIM115
-        if "w" not in mode:
-            return file
-        write, left = file.write, [self.room]
-
-        class Limited:
-            def write(self, data):
-                left[0] -= len(data)
-                if left[0] < 0:
-                    raise OSError(28, "No space left on device")
-                return write(data)
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                file.close()
-
-        return Limited()
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
 
 
 @pytest.mark.parametrize("room", [0, 1000, 40_000, 80_000])
 def test_a_full_disk_leaves_the_checkpoint_before(call, tmp_path, monkeypatch, room):
     assert call("--steps", 2)[0] == 0
     before = (tmp_path / "out/llada/last.pt").read_bytes()
-    monkeypatch.setattr(checkpoint, "open", FullDisk(room), raising=False)
+
+    def full_disk(path, mode="r"):
+        return FileOnFullDisk(path, mode) if "w" in mode else open(path, mode)
+
+    monkeypatch.setattr(FileOnFullDisk, "room", room)
+    monkeypatch.setattr(checkpoint, "open", full_disk, raising=False)
     code, err = call("--resume", "--steps", 4)
     assert code == 2
     assert err.splitlines()[-1] == "train.py: error: out/llada/last.pt: No space left on device"
@@ -86,8 +74,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(call, tmp_path, monkeypatch, r
 def test_a_folder_that_vanishes_is_made_again(call, tmp_path, monkeypatch):
     original, calls = train.say_record, []
 
-    def remove(record):
-        original(record)
+    def remove(record, trainer):
+        original(record, trainer)
         calls.append(record["step"])
         if record["step"] == 2:
             shutil.rmtree(tmp_path / "out")
@@ -111,9 +99,8 @@ def test_the_second_training_into_a_folder_is_told_who_holds_it(call, tmp_path):
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
     program = "import sys, pathlib, time; from utils.files import locked\n"
     program += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE, cwd=ROOT, text=True
-    )
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(LockedError, match=f"^process {process.pid} on "), locked(tmp_path / "lock"):
         pass
@@ -123,8 +110,10 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_leave(call, tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_save_and_leave_with_their_exit_code(call, tmp_path, number):
+    """So `train.py && next` does not go on, and a terminal that is closed loses nothing: issue 24, point 25."""
+
     def send():
         while not (tmp_path / "out/llada/last.pt").exists():
             time.sleep(0.01)
@@ -134,10 +123,26 @@ def test_signals_save_and_leave(call, tmp_path, number):
     thread.start()
     code, err = call("--steps", 10**7)
     thread.join()
-    assert code == 0
+    assert code == 128 + number
     step = load_checkpoint(tmp_path / "out/llada/last.pt").step
-    assert err.splitlines()[-1].startswith(f"stopped at step {step}; next: python train.py --resume")
+    assert err.splitlines()[-1] == f"stopped at step {step}; next: python train.py --resume out/llada"
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("place", ["nobody/model.pt", "corpus.txt/model.pt", "."])
+def test_a_place_that_cannot_be_written_is_noticed_before_the_training(call, tmp_path, monkeypatch, place):
+    """Issue 24, point 25."""
+
+    def refused(dir):
+        raise PermissionError(13, "Permission denied")
+
+    if place.startswith("nobody"):
+        monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refused)
+    code, err = call("--steps", 2, "--export", place)
+    assert code == 2
+    assert "--export " in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_finite_overwrites_nothing(call, tmp_path):
@@ -165,9 +170,7 @@ def test_what_a_killed_training_left_is_completed(call, tmp_path):
 
 
 def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not():
-    flags = ["--kills", "4", "--steps", "1000"]
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "tests/kill_training.py"), *flags], capture_output=True, text=True
-    )
+    command = [sys.executable, str(ROOT / "tests/kill_training.py"), "--kills", "4", "--steps", "500"]
+    process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "4 kills" in process.stdout

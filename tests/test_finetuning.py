@@ -1,73 +1,70 @@
 """Fine-tuning, the model's part: low-rank adapters, growing vocabularies, and what of them is trained."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from model import ENCODERS, MODELS, ModelConfig, add_lora, extend_vocabulary, lora_state, merge_lora
+from checkpoint import continued, merged, new_model
+from config import ModelConfig
+from extras.lora import adapter_state
+from model import MODELS
 from optim import build_optimizers
 from utils.errors import ArgumentError
 
-T, V, GROWN = 12, 20, 23
-BOTH = pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in MODELS for arch in ENCODERS])
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+T, V, GROWN, RANK = 12, 20, 23, 2
+ARCHITECTURES = ("rotary", "vanilla")
+BOTH = pytest.mark.parametrize(("name", "arch"), [*product(MODELS, ARCHITECTURES)])
 
 
 def random_model(name: str, arch: str = "rotary", **settings):
     """A small model with random weights, also where they start at zero, so that every weight matters."""
-    model = MODELS[name](ModelConfig(V, 16, n_embd=16, n_head=2, n_layer=2, arch=arch, ngram_rows=101, **settings))
-    noise = generator()
+    sizes = {"block_size": 16, "n_embd": 16, "n_head": 2, "n_layer": 2, "ngram_rows": 101}
+    model, noise = new_model(name, ModelConfig(V, arch=arch, **(sizes | settings))), torch.Generator().manual_seed(0)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3, generator=noise)
     return model.eval()
 
 
-def adapted_model(name: str, arch: str = "rotary", rank: int = 2):
+def changed(model, **settings):
+    """`model` continued with other settings, on a generator of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return continued(model, replace(model.config, **settings)).eval()
+
+
+def adapted_model(name: str, arch: str = "rotary"):
     """The same with adapters that change its outputs."""
-    model, noise = add_lora(random_model(name, arch), rank, generator()), generator(1)
-    for weight in lora_state(model).values():
-        nn.init.normal_(weight, std=0.3, generator=noise)
+    model, noise = changed(random_model(name, arch), lora_rank=RANK), torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3, generator=noise)
     return model
 
 
 def tokens(rows: int = 2, high: int = V) -> torch.Tensor:
-    return torch.randint(4, high, (rows, T), generator=generator(1))
+    return torch.randint(4, high, (rows, T), generator=torch.Generator().manual_seed(1))
 
 
 # ------------------------------------------------------------------------------------------------- adapters
 @BOTH
-def test_new_adapters_change_no_output(name, arch):
-    model, x = random_model(name, arch), tokens()
-    before = {key: p.clone() for key, p in model.state_dict().items()}
-    adapted = add_lora(model, 2, generator())
+def test_new_adapters_change_no_output_and_are_on_attention_and_mlp_alone(name, arch):
+    model, x = random_model(name, arch, ngram_width=4), tokens()
+    adapted = changed(model, lora_rank=RANK)
     assert torch.equal(adapted(x), model(x))
-    assert adapted.config == replace(model.config, lora_rank=2)
-    assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items())
+    assert adapted.config == replace(model.config, lora_rank=RANK, ngram_base=V)
     assert all(p.requires_grad for p in model.parameters())
-
-
-@BOTH
-def test_adapters_are_on_the_weights_of_attention_and_mlp_alone(name, arch):
-    adapted = add_lora(random_model(name, arch), 2, generator())
-    found = {key.removesuffix(".parametrizations.weight") for key in lora_state(adapted)}
-    found = {key.split(".parametrizations.")[0].split(".", 2)[-1] for key in found}
-    expected = {
-        "rotary": {
-            f"{i}.{layer}" for i in range(2) for layer in ("attention.qkv", "attention.proj", "mlp.fc", "mlp.proj")
-        },
-        "vanilla": {
-            f"layers.{i}.{layer}"
-            for i in range(2)
-            for layer in ("self_attn", "self_attn.out_proj", "linear1", "linear2")
-        },
+    names = adapter_state(adapted).keys() - {"head.weight"}
+    found = {name.split(".parametrizations.")[0].split(".", 2)[-1] for name in names}
+    layers = {
+        "rotary": ("attention.qkv", "attention.proj", "mlp.fc", "mlp.proj"),
+        "vanilla": ("self_attn", "self_attn.out_proj", "linear1", "linear2"),
     }
-    assert found == expected[arch]
+    prefix = "layers." if arch == "vanilla" else ""
+    assert found == {f"{prefix}{i}.{layer}" for i in range(2) for layer in layers[arch]}
 
 
 @BOTH
@@ -82,7 +79,7 @@ def test_adapters_add_a_matrix_of_low_rank(name, arch, training):
         if is_parametrized(module, weight):
             low_rank = module.parametrizations[weight][0]
             difference = 8 * low_rank.b @ low_rank.a  # alpha / r = 16 / 2
-            assert torch.linalg.matrix_rank(difference) == 2
+            assert torch.linalg.matrix_rank(difference) == RANK
             p.data += difference
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(adapted(x), plain(x), rtol=1e-5, atol=1e-5)
@@ -93,44 +90,25 @@ def test_adapters_add_a_matrix_of_low_rank(name, arch, training):
 def test_merged_adapters_give_the_same_outputs(name, arch):
     adapted, x = adapted_model(name, arch), tokens()
     expected = adapted(x)
-    merged = merge_lora(adapted)
-    assert merged.config == random_model(name, arch).config
-    assert list(merged.state_dict()) == list(random_model(name, arch).state_dict())
-    assert all(p.requires_grad for p in merged.parameters())
-    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(adapted(x), expected), "merging changed the model it was given"
+    plain = merged(adapted)
+    assert plain is adapted
+    assert plain.config == replace(random_model(name, arch).config, ngram_base=V)
+    assert plain.state_dict().keys() == random_model(name, arch).state_dict().keys()
+    assert all(p.requires_grad for p in plain.parameters())
+    torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @BOTH
 def test_adapters_go_alone_through_their_state(name, arch):
+    """With the scale of a calibrated head: issue 22, point 1."""
     adapted, x = adapted_model(name, arch), tokens()
-    other = add_lora(random_model(name, arch), 2, generator(5))
+    adapted.head.weight.data *= 1.5
+    other = changed(random_model(name, arch), lora_rank=RANK)
     assert not torch.equal(other(x), adapted(x))
-    other.load_state_dict(other.state_dict() | lora_state(adapted))
+    other.load_state_dict(other.state_dict() | adapter_state(adapted))
     assert torch.equal(other(x), adapted(x))
-    assert sum(p.numel() for p in lora_state(adapted).values()) == adapted.num_trainable()
-
-
-@BOTH
-def test_a_configuration_rebuilds_a_model_with_adapters(name, arch):
-    adapted, x = adapted_model(name, arch), tokens()
-    rebuilt = MODELS[name](ModelConfig(**adapted.config.to_dict())).eval()
-    rebuilt.load_state_dict(adapted.state_dict())
-    assert torch.equal(rebuilt(x), adapted(x))
-    assert lora_state(rebuilt).keys() == lora_state(adapted).keys()
-
-
-def test_adapters_are_drawn_from_their_generator():
-    first, second, third = (add_lora(random_model("gpt"), 2, generator(seed)) for seed in (0, 0, 1))
-    assert all(torch.equal(p, lora_state(second)[key]) for key, p in lora_state(first).items())
-    assert not all(torch.equal(p, lora_state(third)[key]) for key, p in lora_state(first).items())
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    merge_lora(add_lora(random_model("gpt"), 2, generator()))
-    random_state = torch.get_rng_state()
-    torch.set_rng_state(state)
-    random_model("gpt")
-    assert torch.equal(torch.get_rng_state(), random_state), "the default generator was used"
+    trained = sum(p.numel() for p in adapter_state(adapted).values()) - adapted.head.weight.numel()
+    assert trained == adapted.num_parameters(trainable=True)
 
 
 def test_adapters_work_with_the_cache_and_compiled():
@@ -149,18 +127,9 @@ def test_adapters_work_with_the_cache_and_compiled():
 @pytest.mark.parametrize(("arch", "share"), [("rotary", 0.002), ("vanilla", 0.1)])
 def test_adapters_of_the_default_network_are_small(arch, share):
     """4 layers of 96, rank 8: 4 * 8 * ((96 + 288) + (96 + 96) + 2 * (96 + 384)) parameters."""
-    adapted = MODELS["gpt"](ModelConfig(69, 256, n_embd=96, n_head=2, n_layer=4, arch=arch, lora_rank=8))
-    assert adapted.num_trainable() == 49_152
-    assert adapted.num_trainable() < share * adapted.num_parameters()
-
-
-@BOTH
-def test_adapters_do_not_count_as_looked_up_or_as_flops(name, arch):
-    plain = random_model(name, arch)
-    adapted = add_lora(plain, 2, generator())
-    assert adapted.num_parameters() == plain.num_parameters() + adapted.num_trainable()
-    assert adapted.num_looked_up() == plain.num_looked_up()
-    assert adapted.flops_per_token(T) == plain.flops_per_token(T)
+    adapted = new_model("gpt", ModelConfig(69, 256, n_embd=96, n_head=2, n_layer=4, arch=arch, lora_rank=8))
+    assert adapted.num_parameters(trainable=True) == 49_152 < share * adapted.num_parameters()
+    assert adapted.num_looked_up() == new_model("gpt", replace(adapted.config, lora_rank=0)).num_looked_up()
 
 
 # ------------------------------------------------------------------------------------------------- vocabulary
@@ -168,27 +137,21 @@ def test_adapters_do_not_count_as_looked_up_or_as_flops(name, arch):
 @pytest.mark.parametrize("size", [V + 1, GROWN, 100])
 def test_a_larger_vocabulary_keeps_the_old_rows_and_logits(name, arch, size):
     model, x = random_model(name, arch), tokens()
-    grown = extend_vocabulary(model, size, generator())
+    grown = changed(model, vocab_size=size)
     assert (grown.config.vocab_size, grown.config.ngram_base) == (size, V)
     for key, p in model.state_dict().items():
         assert torch.equal(grown.state_dict()[key][: len(p)], p)
     assert grown(x).shape == (2, T, size)
     assert torch.equal(grown(x)[..., :V], model(x))
-
-
-@BOTH
-def test_the_vocabulary_grows_again_with_the_first_base(name, arch):
-    model, x = random_model(name, arch), tokens()
-    again = extend_vocabulary(extend_vocabulary(model, GROWN, generator()), GROWN + 4, generator(1))
+    again = changed(grown, vocab_size=size + 4)  # it grows again with the first base
     assert again.config.ngram_base == V
     assert torch.equal(again(x)[..., :V], model(x))
-    assert extend_vocabulary(again, GROWN + 4, generator()) is again
 
 
 @BOTH
 def test_new_tokens_are_neither_forbidden_nor_likely(name, arch):
     """Their logit is the mean of the old ones, so their probability is at most the mean of the old ones."""
-    grown = extend_vocabulary(random_model(name, arch), GROWN, generator())
+    grown = changed(random_model(name, arch), vocab_size=GROWN)
     logits = grown(tokens())
     torch.testing.assert_close(logits[..., V:].amin(-1), logits[..., 3:V].mean(-1), rtol=1e-5, atol=1e-5)
     p = logits.softmax(-1)
@@ -199,18 +162,24 @@ def test_new_tokens_are_neither_forbidden_nor_likely(name, arch):
     assert ((rows[V:] - old.mean(0)).abs() < 0.5 * old.std(0)).all()
 
 
-def test_a_smaller_vocabulary_is_refused():
-    with pytest.raises(ArgumentError, match="vocab_size must be at least 20, got 19"):
-        extend_vocabulary(random_model("gpt"), 19, generator())
+def test_a_smaller_vocabulary_and_impossible_ranks_are_refused():
+    for settings, problem in (
+        ({"vocab_size": 19}, "vocab_size must be at least 20, got 19"),
+        ({"lora_rank": -1}, "lora_rank must be at least 0, got -1"),
+        ({"lora_rank": 17}, "lora_rank must be at most 16, got 17"),
+        ({"segments": "verse"}, "segments must be one of window, speech, paragraph, line, pairs, got 'verse'"),
+        ({"ngram_base": 0}, "ngram_base must be at least 1, got 0"),
+    ):
+        with pytest.raises(ArgumentError, match=problem):
+            changed(random_model("gpt"), **settings)
 
 
 @BOTH
 def test_adapters_are_merged_when_the_vocabulary_grows(name, arch):
     adapted, x = adapted_model(name, arch), tokens()
-    grown = extend_vocabulary(adapted, GROWN, generator())
-    assert grown.config.lora_rank == 0
-    torch.testing.assert_close(grown(x)[..., :V], adapted(x), rtol=1e-5, atol=1e-5)
-    assert extend_vocabulary(adapted, V, generator()) is adapted
+    expected = adapted(x)
+    grown = changed(adapted, vocab_size=GROWN, lora_rank=0)
+    torch.testing.assert_close(grown(x)[..., :V], expected, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -231,63 +200,25 @@ def train(model, steps: int = 3):
 
 
 @BOTH
-def test_training_changes_the_adapters_alone(name, arch):
-    model = add_lora(random_model(name, arch), 2, generator())
-    changed, optimizers = train(model)
-    assert changed == set(lora_state(model))
-    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW]
-
-
-@BOTH
-def test_adapters_are_trained_with_the_rows_of_new_tokens(name, arch):
-    grown = extend_vocabulary(random_model(name, arch), GROWN, generator())
-    model, x = add_lora(grown, 2, generator()), tokens(high=GROWN)
+@pytest.mark.parametrize("size", [V, GROWN])
+def test_training_changes_the_adapters_and_the_rows_of_new_tokens_alone(name, arch, size):
+    base, x = random_model(name, arch), tokens(high=size)
+    grown, model = changed(base, vocab_size=size), changed(base, vocab_size=size, lora_rank=RANK)
     assert torch.equal(model(x), grown(x))
-    assert model.num_parameters() == grown.num_parameters() + sum(
-        p.numel() for key, p in lora_state(model).items() if key.endswith((".a", ".b"))
-    )
-    assert model.num_looked_up() == grown.num_looked_up()
-    assert model.flops_per_token(T) == grown.flops_per_token(T)
-    changed, _ = train(model)
-    assert changed == set(lora_state(model))
-    rows = {key: p.shape for key, p in lora_state(model).items() if key.endswith("original1")}
-    assert list(rows.values()) == [(GROWN - V, 16)] * 2
-    merged = merge_lora(model.eval())
-    torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=1e-5)
+    names, optimizers = train(model)
+    assert names == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW]
+    expected = model.eval()(x)
+    state = merged(model).state_dict()
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     for key in ("encoder.embedding.weight", "head.weight"):
-        assert torch.equal(merged.state_dict()[key][:V], grown.state_dict()[key][:V])
-        assert not torch.equal(merged.state_dict()[key][V:], grown.state_dict()[key][V:])
+        assert torch.equal(state[key][:V], grown.state_dict()[key][:V])
+        assert size == V or not torch.equal(state[key][V:], grown.state_dict()[key][V:])
 
 
 def test_everything_frozen_but_the_ngrams_needs_one_optimizer():
     model = random_model("gpt").requires_grad_(False)
     model.encoder.ngrams.requires_grad_(True)
-    changed, optimizers = train(model, steps=1)
-    assert changed == {"encoder.ngrams.tables.weight"}
+    names, optimizers = train(model, steps=1)
+    assert names == {"encoder.ngrams.tables.weight"}
     assert [type(optimizer) for optimizer in optimizers] == [torch.optim.SGD]
-
-
-# ------------------------------------------------------------------------------------------------- configuration
-@pytest.mark.parametrize(
-    ("bad", "problem"),
-    [
-        ({"segments": "verse"}, "segments must be one of window, speech, paragraph, line, pairs, got 'verse'"),
-        ({"ngram_base": 0}, "ngram_base must be at least 1, got 0"),
-        ({"lora_rank": -1}, "lora_rank must be at least 0, got -1"),
-        ({"lora_rank": 17}, "lora_rank must be at most 16, got 17"),
-    ],
-)
-def test_impossible_settings_are_refused(bad, problem):
-    with pytest.raises(ArgumentError, match=problem):
-        ModelConfig(V, 16, n_embd=16, n_head=2, **bad)
-
-
-@pytest.mark.parametrize("rank", [0, 17])
-def test_impossible_ranks_are_refused(rank):
-    with pytest.raises(ArgumentError, match="lora_rank must be at"):
-        add_lora(random_model("gpt"), rank)
-
-
-def test_segmented_models_say_so():
-    assert not random_model("gpt").is_segmented
-    assert all(random_model("gpt", segments=segments).is_segmented for segments in ("speech", "line", "pairs"))

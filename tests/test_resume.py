@@ -6,7 +6,9 @@ import pytest
 from kill_training import differences
 
 from checkpoint import load_checkpoint, save_checkpoint
-from trainer import TrainConfig, Trainer, load_training_corpus
+from config import TrainConfig
+from train import load_training_corpus
+from trainer import Trainer
 from utils.processes import Processes
 
 STEPS = 6
@@ -19,7 +21,7 @@ SETTINGS = {
     "short windows, calibrated": {"short_share": 0.6, "calibration": 0.1},
     "lines": {"segments": "line", "block_size": 40},
     "pairs": {"segments": "pairs", "pairs": "pairs.jsonl", "data": None, "block_size": 24, "val_fraction": 0.4},
-    "subwords": {"tokenizer": "bpe", "vocab_size": 280},
+    "subwords": {"tokenizer": "bpe", "bpe_size": 280},
     "streams": {"parallel": 2},
     "sweeps": {"sweep_share": 0.5},
     "adapters": {"lora_rank": 2, "init_from": "base.pt"},
@@ -28,7 +30,7 @@ SETTINGS = {
 
 def new_trainer(model: str, corpus_file, base=None, **settings) -> Trainer:
     values = {"data": str(corpus_file), "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "ngram_rows": 101}
-    config = TrainConfig(model, **(values | {"steps": STEPS, "eval_every": 2, "batch_size": 4} | settings))
+    config = TrainConfig(model=model, **(values | {"steps": STEPS, "eval_every": 2, "batch_size": 4} | settings))
     return Trainer(config, load_training_corpus(config, base), Processes("cpu"), base=base)
 
 
@@ -64,7 +66,7 @@ def test_resumed_at_any_step_it_is_the_same_run(make, tmp_path, model, name):
         run.train(stopping=lambda run=run, stop=stop: run.step >= stop)
         assert run.step == stop
         save_checkpoint(tmp_path / "last.pt", run.checkpoint())
-        resumed = Trainer.resume(load_checkpoint(tmp_path / "last.pt"), Processes("cpu"))
+        resumed = Trainer.resume(load_checkpoint(tmp_path / "last.pt", resuming=True), Processes("cpu"))
         resumed.train()
         found = (resumed.model.state_dict(), vars(resumed.checkpoint())["training"], resumed.history)
         assert differences(list(expected), list(found)) == []
