@@ -1,5 +1,5 @@
-"""Text generation with a trained model: the public functions and classes."""
+"""Text in, text out: `GeneratorTransformer` writes with a trained model of any kind."""
 
-from generation.text import GeneratorTransformer, generate_text, generate_texts, infill, stream_texts
+from generation.text import GeneratorTransformer
 
-__all__ = ["GeneratorTransformer", "generate_text", "generate_texts", "infill", "stream_texts"]
+__all__ = ["GeneratorTransformer"]

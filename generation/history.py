@@ -1,196 +1,193 @@
-"""The history of one text that a model writes: what changed at each step, for the live view, the page and the GIF.
+"""The history of one text that a model writes, and what its readers share. Plain Python: no tensors, no network.
 
-`record_filling` (LLaDA) and `record_decoding` (GPT) follow the generation and yield the same growing `History` after
-every step, so that all views work with both models. A history is plain Python: no tensors, no network.
-
-Letters: T positions, V vocabulary, n positions written at a step.
+`Recorder` makes a history from the states (write.py) of any model. `Replay` goes through it and turns each step into
+lines of runs, which terminal, race and GIF draw. The page has its own player.
 """
 
-import time
-from collections.abc import Iterable, Iterator
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from generation.infilling import GenerationState
-from model import GPT
-from tokenizer import MASK_ID, PAD_ID, START_ID, Tokenizer
+from generation.write import State
+from tokenizer import MASK_ID, SPECIAL_TOKENS, Tokenizer
+from utils.console import printable
 
-NUM_CANDIDATES = 5  # kept for each written position
-
-
-class Status(StrEnum):
-    """What a cell is at some step."""
-
-    GIVEN = "given"  # part of the prompt or template
-    MASKED = "masked"
-    WRITTEN = "written"  # at this very step
-    REMASKED = "remasked"  # at this very step
-    SETTLED = "settled"  # written at an earlier step
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One position: its token and how it got there."""
-
-    token: str | None  # None: masked
-    step: int = 0  # of its last change; 0: before the first step
-    confidence: float = 0.0  # the network's probability of the token when it was written; 1 if given, 0 if masked
-    candidates: tuple[tuple[str, float], ...] = ()  # the likeliest tokens and their probabilities, likeliest first
-
-    def status(self, now: int) -> Status:
-        """What the cell is after step `now`.
-
-        >>> Cell("a", step=3).status(3).value, Cell("a", step=3).status(4).value, Cell(None, step=3).status(3).value
-        ('written', 'settled', 'remasked')
-        """
-        if self.token is None:
-            return Status.REMASKED if 0 < self.step == now else Status.MASKED
-        if self.step == 0:
-            return Status.GIVEN
-        return Status.WRITTEN if self.step == now else Status.SETTLED
+NUM_BELIEFS = 5  # tokens kept for each masked position
+MASK, NEWLINE = "░", "↵"
+SHADES = 4  # of probability
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One step: only what it changed."""
+    """One step. A position just past the end of the text makes it longer."""
 
-    changes: dict[int, Cell]  # position -> its new cell; a position just past the end makes the text longer
     nfe: int  # network evaluations so far
     seconds: float  # computing time so far, without what the caller did between the steps
+    written: dict[int, tuple[str, float]]  # position -> its new token, and the probability that the network gave it
+    beliefs: dict[int, tuple[tuple[str, float], ...]]  # of every position that was masked: its likeliest tokens
 
 
 @dataclass
 class History:
-    """The states of one text: `start` before the first step, then a frame a step; `cells` is the latest state.
-
-    >>> history = History("LLaDA", ["a", None])
-    >>> history.add(Frame({1: Cell("b", step=1, confidence=0.9)}, nfe=1, seconds=0.1))
-    >>> [[cell.token for cell in history.cells_at(step)] for step in (0, 1)]
-    [['a', None], ['a', 'b']]
-    """
+    """One text: its tokens before the first step, None where it is masked, and a frame for each step."""
 
     label: str  # of the model
-    start: list[str | None]  # (T,) the given tokens; None: masked
+    start: list[str | None]
     frames: list[Frame] = field(default_factory=list)
 
-    def __post_init__(self):
-        self.cells = self.cells_at(len(self.frames))
 
-    def add(self, frame: Frame) -> None:
-        """Append a step, and update `cells`. Its cells must carry the number of this step, counted from 1."""
-        self.frames.append(frame)
-        apply(self.cells, frame)
+class Status(StrEnum):
+    """What a position is after some step."""
 
-    def cells_at(self, step: int) -> list[Cell]:
-        """The state after so many steps, from the frames."""
-        cells = [Cell(token, confidence=float(token is not None)) for token in self.start]
-        for frame in self.frames[:step]:
-            apply(cells, frame)
-        return cells
+    GIVEN = "given"  # part of the prompt or template
+    MASKED = "masked"
+    WRITTEN = "written"  # at this very step, for the first time
+    CORRECTED = "corrected"  # at this very step, and it held another token before
+    SETTLED = "settled"  # written at an earlier step
+
+
+class Run(NamedTuple):
+    """Characters that look alike."""
+
+    text: str
+    status: Status
+    shade: int  # 0..3: the quarter in which the network's probability of them was
+
+
+@dataclass
+class Cell:
+    """One position of a replay."""
+
+    token: str | None = None  # None: masked
+    status: Status = Status.MASKED
+    shade: int = 0
 
     @property
-    def step(self) -> int:
-        """Steps so far."""
-        return len(self.frames)
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations so far."""
-        return self.frames[-1].nfe if self.frames else 0
-
-    @property
-    def seconds(self) -> float:
-        """Computing time so far."""
-        return self.frames[-1].seconds if self.frames else 0.0
+    def text(self) -> str:
+        """What stands for the token: nothing for a special one, symbols for control characters."""
+        if self.token is None:
+            return MASK
+        return "" if self.token in SPECIAL_TOKENS else printable(self.token).replace("\t", " ")
 
 
-def apply(cells: list[Cell], frame: Frame) -> None:
-    """Change a state in place to the one after `frame`."""
-    for position, cell in sorted(frame.changes.items()):
-        cells[position : position + 1] = [cell]
+class Replay:
+    """A history from before its first step on: `cells` are the text after `step` steps.
 
+    whole: it is complete. Then characters stand where those of the finished text do, which itself marks nothing as new.
 
-# ------------------------------------------------------------------------------------------------- recording
-def record_filling(
-    states: Iterable[GenerationState], template: Tensor, tokenizer: Tokenizer, label: str = "LLaDA", row: int = 0
-) -> Iterator[History]:
-    """Follow `fill_masks`: yield the history of text `row` at once, and again after every step.
-
-    template: (T,) ids of that text, as given to `fill_masks`. All texts of the batch must be of one length, else
-    ValueError is raised. Always the same object is yielded; what is to be kept of it must be copied.
+    >>> replay = Replay(History("LLaDA", ["a", None], [Frame(1, 0.1, {1: ("b", 0.9)}, {})]))
+    >>> [[(run.text, run.status.value) for run in line] for line in replay.advance().lines(80)]
+    [[('a', 'given'), ('b', 'written')]]
     """
-    token_of = tokenizer.id_to_char
-    history = History(label, [None if i == MASK_ID else token_of[i] for i in template.tolist()])
-    yield history
-    before = template.cpu()
-    for state, seconds in timed(states):
-        step, text, now = state.step, state.texts[row].clone(), history.step + 1
-        if len(step.tokens) != len(state.texts):
-            raise ValueError("a history needs texts of one length: their windows must move together")
-        # The step speaks of columns of the window. Its i-th revealed column is the i-th masked position that changed.
-        written = ((before == MASK_ID) & (text != MASK_ID)).nonzero()[:, 0].tolist()
-        remasked = ((before != MASK_ID) & (text == MASK_ID)).nonzero()[:, 0].tolist()
-        confidence = step.confidence[row, step.revealed[row]].tolist()
-        candidates = top_candidates(step.probabilities[step.revealed.nonzero()[:, 0] == row], tokenizer)
-        changes = {position: Cell(None, now) for position in remasked}
-        for position, *cell in zip(written, confidence, candidates, strict=True):
-            changes[position] = Cell(token_of[int(text[position])], now, *cell)
-        history.add(Frame(changes, state.nfe, seconds))
-        before = text
-        yield history
+
+    def __init__(self, history: History, whole: bool = False):
+        self.history, self.step = history, 0
+        self.cells = [Cell(token, Status.MASKED if token is None else Status.GIVEN) for token in history.start]
+        self.ends = [cell.text for cell in Replay(history).advance().cells] if whole else []
+
+    def advance(self, step: int | None = None) -> "Replay":
+        """Go on to a later step, by default to the last one."""
+        for frame in self.history.frames[self.step : step]:
+            self.settle()
+            self.step += 1
+            missing = max([*frame.written, *frame.beliefs], default=-1) + 1 - len(self.cells)
+            self.cells += [Cell() for _ in range(missing)]
+            for i, (token, p) in frame.written.items():
+                status = Status.WRITTEN if self.cells[i].token is None else Status.CORRECTED
+                self.cells[i] = Cell(token, status, min(SHADES - 1, int(SHADES * p)))
+        if self.ends and self.is_over:
+            self.settle()
+        return self
+
+    def settle(self) -> None:
+        """What the latest step wrote is no longer new."""
+        for i in self.frame.written:
+            self.cells[i].status = Status.SETTLED
+
+    @property
+    def frame(self) -> Frame:
+        """The latest step."""
+        return self.history.frames[self.step - 1] if self.step else Frame(0, 0.0, {}, {})
+
+    @property
+    def is_over(self) -> bool:
+        return self.step == len(self.history.frames)
+
+    def lines(self, columns: int) -> list[list[Run]]:
+        """The text as lines that break between words. A line feed is seen at the step at which it is written."""
+        texts = self.ends or [cell.text for cell in self.cells]
+        places = layout("".join(texts), columns)
+        lines = [[] for _ in range(places[-1][0] + 1 if places else 1)]
+        characters = [(i, k) for i, text in enumerate(texts) for k in range(len(text))]
+        for (i, k), (row, column) in zip(characters, places, strict=True):
+            if i < len(self.cells) and column < columns:
+                cell = self.cells[i]
+                char = MASK if cell.token is None else cell.text[k : k + 1] or " "
+                if char == "\n" and cell.status in (Status.WRITTEN, Status.CORRECTED):
+                    char = NEWLINE
+                if (char, texts[i][k]) != ("\n", "\n"):
+                    lines[row].append(Run(char.replace("\n", " "), cell.status, cell.shade))
+        looks = [groupby(line, lambda run: run[1:]) for line in lines]
+        return [[Run("".join(run.text for run in group), *look) for look, group in line] for line in looks]
 
 
-def record_decoding(
-    columns: Iterable[Tensor], model: GPT, prompt: Tensor, tokenizer: Tokenizer, label: str = "GPT", row: int = 0
-) -> Iterator[History]:
-    """Follow `autoregressive.decode`: yield the history of text `row` at once, and again after every token.
+class Recorder:
+    """Makes the `history` of the first text of a batch. start: its (T,) ids before the first step; those before `first`
+    are left out.
 
-    prompt: (T,) ids of that text, as given to `decode`; its [START] is not shown. The text grows by one position a
-    step. A forward hook on the model reads the probabilities: nothing else may call the model in a step.
+    A model that looks at one of several masks writes from left to right: its text begins without masks and grows.
     """
-    token_of = tokenizer.id_to_char
-    history = History(label, [token_of[i] for i in prompt.tolist() if i != START_ID])
-    yield history
-    latest, nfe = None, 0
 
-    def keep(model: GPT, inputs: tuple, output: Tensor) -> None:
-        nonlocal latest, nfe
-        latest, nfe = output[row, -1].detach(), nfe + 1  # (V,)
+    def __init__(self, start: Tensor, tokenizer: Tokenizer, label: str, first: int = 0):
+        self.before, self.token_of, self.first = start.tolist(), tokenizer.id_to_char, first
+        self.history = History(label, [])
 
-    hook = model.register_forward_hook(keep)
-    try:
-        for column, seconds in timed(columns):
-            token = int(column[row])
-            if token == PAD_ID:  # the text has ended, and others of its batch have not
-                return
-            p = latest.cpu().double().softmax(-1)
-            cell = Cell(token_of[token], history.step + 1, float(p[token]), *top_candidates(p[None], tokenizer))
-            history.add(Frame({len(history.cells): cell}, nfe, seconds))
-            yield history
-    finally:
-        hook.remove()
-
-
-def top_candidates(p: Tensor, tokenizer: Tokenizer) -> list[tuple[tuple[str, float], ...]]:
-    """Probabilities (n, V) -> for each position the NUM_CANDIDATES likeliest tokens that are possible at all."""
-    best = torch.topk(p, min(NUM_CANDIDATES, p.shape[-1]))
-    return [
-        tuple((tokenizer.id_to_char[i], q) for i, q in zip(ids, probabilities, strict=True) if q > 0)
-        for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-def timed(items: Iterable) -> Iterator[tuple]:
-    """Each item with the seconds that it and those before it took to compute; the caller's own time does not count."""
-    seconds, iterator = 0.0, iter(items)
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(iterator)
-        except StopIteration:
+    def add(self, state: State, seconds: float) -> None:
+        """A frame for the state, unless it is about other texts of the batch."""
+        looked, text, first = state.masked[0].tolist(), state.texts[0].tolist(), self.first
+        if not self.history.frames:
+            given = max((i for i, token in enumerate(self.before) if token != MASK_ID), default=-1) + 1
+            end = given if len(looked) == 1 < self.before.count(MASK_ID) else max([given, *(i + 1 for i in looked)])
+            self.history.start = [None if i == MASK_ID else self.token_of[i] for i in self.before[first:end]]
+        if not looked:
             return
-        seconds += time.perf_counter() - start
-        yield item, seconds
+        p = dict(zip(looked, state.probabilities[0], strict=True))  # position -> (V,)
+        best = {i: torch.topk(q, min(NUM_BELIEFS, len(q))) for i, q in p.items()}
+        beliefs = {
+            i - first: tuple((self.token_of[j], q) for j, q in zip(ids.tolist(), values.tolist(), strict=True) if q > 0)
+            for i, (values, ids) in best.items()
+        }
+        written = {  # what is cut behind an [END] follows from it
+            i - first: (self.token_of[new], float(p[i][new]) if i in p else 1.0)
+            for i, (old, new) in enumerate(zip(self.before, text, strict=True))
+            if old != new
+        }
+        self.history.frames.append(Frame(state.nfe, seconds, written, beliefs))
+        self.before = text
+
+
+def layout(text: str, columns: int) -> list[tuple[int, int]]:
+    """(row, column) of each character: lines end at line feeds, and between words where they would be too long.
+
+    A space that does not fit hangs over the end of its line.
+
+    >>> layout("to be", 4), layout("ab\\nc", 9)
+    ([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)], [(0, 0), (0, 1), (0, 2), (1, 0)])
+    """
+    from rich.cells import cell_len  # some characters are two columns wide
+
+    places, row, column = [], 0, 0
+    for word in re.findall(r"[^ \n]+|[ \n]", text):
+        if word not in " \n" and column and column + cell_len(word) > columns:
+            row, column = row + 1, 0
+        for char in word:
+            if char not in " \n" and column and column + cell_len(char) > columns:  # a word longer than a line
+                row, column = row + 1, 0
+            places.append((row, column))
+            row, column = (row + 1, 0) if char == "\n" else (row, column + cell_len(char))
+    return places

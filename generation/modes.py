@@ -1,167 +1,294 @@
-"""What `python generate.py` does in each of its modes, given its parsed flags; see flags.py for what these set."""
+"""What `python generate.py` does in each mode. A start and settings go to `write`; its states come back as text."""
 
-import shutil
+import math
+import shlex
+import sys
+import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from itertools import islice
+from pathlib import Path
 
-from autoregressive import beam_search
-from checkpoint import load_checkpoint, newest_checkpoint
+import torch
+
+from checkpoint import PRETRAINED, Checkpoint, load_checkpoint, newest_checkpoint
+from config import MODELS, BeamConfig, WriteRun, given, refuse_without_effect
 from generation.chat import chat
-from generation.flags import (
-    DEFAULTS,
-    check_writable,
-    is_template,
-    make_beam_config,
-    make_config,
-    mode_of,
-    models_of,
-    opening,
-    read_prompt,
-    refuse_masks,
-    refuse_unused,
-)
-from generation.infilling import MASK_PATTERN, parse_template, prompt_template
-from generation.text import GeneratorTransformer, prompt_ids
-from generation.views import print_race, print_viewed
-from generation.writing import print_decoded, print_file, print_filled, shown_prompt, stream, write_texts
-from model import Transformer
-from tokenizer import SPECIAL_TOKENS
-from utils.console import say, write
-from utils.devices import memory_problem, pick_device
+from generation.gif import write_gif
+from generation.history import History, Recorder
+from generation.holes import choose_lengths
+from generation.page import write_live_page, write_page
+from generation.terminal import View, race, text_stands
+from generation.text import MASK_PATTERN, GeneratorTransformer, prompt_start, template_start, tokens_for
+from generation.write import State
+from generation.write import write as write_states
+from tokenizer import MASK_ID, SPECIAL_TOKENS
+from utils.console import counted, input_waits, progress, read_input, say, write
+from utils.devices import compile_problem, memory_problem, pick_device
 from utils.errors import ArgumentError
+from utils.files import plain_text
+
+LABELS = {"llada": "LLaDA", "gpt": "GPT"}
+NO_MASKS = "has nothing to write: mark one character as [MASK], n characters as [MASK*n]"
+WARM_UP_STEPS = 3  # before a race is measured: the first calls of a network are slower than all others
 
 
-def write_as_asked(args: Namespace) -> None:
-    """Load the model, check the flags and run the mode they ask for. A flag that was not given is None."""
-    mode = mode_of(args)
-    check_writable(args)
-    writers = [load(args, name) for name in models_of(args, mode)]
-    writer = writers[0]
-    refuse_unused(args, mode, writer.model)
-    for name, value in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if mode != "chat" and not is_template(args):
-        args.prompt = read_prompt(args)
-        if mode != "top" or writer.model.causal:
-            refuse_masks(args.prompt)
-    check_memory(args, writer.model)
-    if args.compile:
+def write_as_asked(args: Namespace, mode: str, name: str | None, settings: Sequence[type]) -> None:
+    """Load the models, check the flags and run the mode. name: of the model; None: whichever is the default."""
+    both = mode == "race" or (mode == "page" and name is None and args.checkpoint is None)
+    checkpoints = [load(args, wanted) for wanted in (MODELS if both else (name,))]
+    names = {checkpoint.model.name for checkpoint in checkpoints}
+    state = {"mode": mode, "watch": bool(args.watch), "checkpoint": args.checkpoint, "model": names}
+    refuse_without_effect(args, state, *settings)
+    if args.model and names != {args.model}:
+        raise ArgumentError("model", f"{args.model}: {checkpoints[0].path} holds a {checkpoints[0].model.name} model")
+    run, writers = WriteRun(**given(args, WriteRun)), [GeneratorTransformer(c.model, c.tokenizer) for c in checkpoints]
+    prepare(run, writers[0])
+    prompt = read_prompt(run) if mode in ("text", "race", "beams") or (mode == "top" and run.infill is None) else ""
+    first_line = (run.infill or prompt).strip().partition("\n")[0][:60]
+    title = " and ".join(LABELS[c.model.name] for c in checkpoints) + (f": {first_line}" if first_line else "")
+    command = shlex.join(["generate.py", *sys.argv[1:]])
+    about = f"{', '.join(str(short(c.path)) for c in checkpoints)}; seed {run.seed}; {command}"
+    if mode == "page":
+        write_live_page(run.page, checkpoints, title, about)
+    elif mode in ("text", "infill", "race"):
+        tasks = [Task(writer, run, args, prompt) for writer in writers]
+        histories = print_race(tasks) if mode == "race" else [print_text(*tasks)]
+        if run.html:
+            write_page(run.html, histories, title, about)
+        if run.gif:
+            write_gif(run.gif, histories)
+    else:
+        modes = {"file": print_file, "chat": answer_prompts, "top": print_next_tokens, "beams": print_beams}
+        modes[mode](writers[0], run, args, prompt)
+    for path in filter(None, (run.page, run.html, run.gif)):
+        say(f"wrote {path}: open it in a browser")
+
+
+# ------------------------------------------------------------------------------------------------- the model
+def load(args: Namespace, name: str | None) -> Checkpoint:
+    """The model to write with. Says which, and whether a better one comes with the project."""
+    checkpoint = load_checkpoint(args.checkpoint or newest_checkpoint(args.out, name), pick_device(args.device))
+    loss, pretrained = best_loss(checkpoint), PRETRAINED / f"{checkpoint.model.name}.pt"
+    note = f", {loss:.2f} nats/character" if loss < math.inf else ""
+    if note and checkpoint.path != pretrained and pretrained.is_file():
+        better = best_loss(load_checkpoint(pretrained))
+        note += f"; {short(pretrained)}: {better:.2f}" if better < loss else ""
+    say(f"{short(checkpoint.path)}: {checkpoint.model.name}, step {checkpoint.step}{note}")
+    return checkpoint
+
+
+def short(path: Path) -> Path:
+    """The path; of a model that comes with the project, from its folder."""
+    return path.relative_to(PRETRAINED.parent) if path.parent == PRETRAINED else path
+
+
+def best_loss(checkpoint: Checkpoint) -> float:
+    """The best validation loss of the run; infinite without one."""
+    return min((record["val_loss"] for record in checkpoint.history), default=math.inf)
+
+
+def prepare(run: WriteRun, writer: GeneratorTransformer) -> None:
+    """Set streams and compile, if asked for. Raises ArgumentError for more texts than there is memory for."""
+    model, name = writer.model, "num_samples" if run.beams is None else "beams"
+    config, T = model.config, 1 if run.infill or run.infill_file else min(model.config.block_size, run.length)
+    a_row = 8 * run.length + 8 * T * config.n_layer * config.n_embd + 16 * config.vocab_size  # ids, cache, logits
+    if problem := memory_problem(a_row * getattr(run, name)):
+        raise ArgumentError(name, f"{getattr(run, name)} {problem}: ask for fewer")
+    if run.streams is not None:
+        if not hasattr(model, "set_streams"):
+            raise ArgumentError("streams", "needs a GPT of train.py --parallel, which this one is not")
+        model.set_streams(run.streams)
+    if run.compile and (problem := compile_problem(model.device)):
+        say(f"not compiled: {problem}")
+    elif run.compile:
         say("compiling; later runs reuse the result")
-        writer.model.compile()
-    if mode == "race":
-        return print_race(writers, args)
-    modes = {"chat": answer_prompts, "top": print_next_tokens, "num_beams": print_beams}
-    modes.get(mode, text_mode(writer, args))(writer, args)
+        model.compile()
 
 
-def text_mode(writer: GeneratorTransformer, args: Namespace) -> Callable[[GeneratorTransformer, Namespace], None]:
-    """How to write texts."""
-    if args.infill_file is not None:
-        return print_file
-    if args.watch or args.html or args.gif:
-        return print_viewed
-    return print_filled if writer.model.fills_masks else print_decoded
+# ------------------------------------------------------------------------------------------------- what is asked for
+def read_prompt(run: WriteRun) -> str:
+    """The text of --prompt, which `-` reads from standard input. Raises ArgumentError for text that waits there
+    unasked, and for a [MASK]."""
+    if run.prompt is None and input_waits():
+        problem = 'is not given, but standard input holds text: --prompt - reads it, --prompt "" does without'
+        raise ArgumentError("prompt", problem)
+    if run.prompt == "-":
+        return literal(plain_text(read_input(), "standard input").removesuffix("\n"))
+    return literal(run.prompt or "")
 
 
-def check_memory(args: Namespace, model: Transformer) -> None:
-    """Raise ArgumentError for more texts than there is memory for: their ids, logits, keys and values count."""
-    config, name = model.config, "num_samples" if args.num_beams is None else "num_beams"
-    T = min(config.block_size, 1 if is_template(args) else args.max_out_tokens)
-    cached = 8 * config.n_layer * config.n_embd * T
-    a_row = 8 * args.max_out_tokens + (16 * config.vocab_size + cached if model.causal else 16 * config.vocab_size * T)
-    if problem := memory_problem(a_row * getattr(args, name)):
-        raise ArgumentError(name, f"{getattr(args, name)} {problem}: ask for fewer")
+def literal(prompt: str) -> str:
+    """The prompt. Raises ArgumentError for a [MASK] in it."""
+    if match := MASK_PATTERN.search(prompt):
+        raise ArgumentError("prompt", f"is read literally, {match[0]} too: give the whole text to --infill instead")
+    return prompt
 
 
-def load(args: Namespace, name: str | None) -> GeneratorTransformer:
-    """The model that the flags ask for, of kind `name` if it is given. Raises ValueError if there is none."""
-    path = args.checkpoint or newest_checkpoint(args.out or "out", name)
-    checkpoint = load_checkpoint(path, pick_device(args.device))
-    kind = checkpoint.model.name
-    say(f"{checkpoint.path}: {kind}, step {checkpoint.step}")
-    if args.model not in (None, kind):
-        raise ArgumentError("model", f"{args.model}: {checkpoint.path} holds a {kind} model")
-    if args.streams is not None and checkpoint.model.causal:
-        checkpoint.model.set_streams(args.streams)
-    return GeneratorTransformer(checkpoint.model, checkpoint.tokenizer)
+class Task:
+    """What one model is to write: a start, settings, and what of the text is printed: `prefix` and `pieces`."""
+
+    def __init__(self, writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str):
+        self.writer, self.run, self.config = writer, run, writer.settings(**given(args, writer.config_class))
+        self.label, self.prefix, self.known, self.nfe, self.seconds = LABELS[writer.model.name], "", 0, 0, 0.0
+        hidden = 0
+        if run.infill is not None:
+            template = choose_lengths(run.infill, writer, self.config, run.seed)
+            self.start = template_start(template, writer.model, writer.tokenizer)
+            if not (self.start == MASK_ID).any():
+                raise ArgumentError("infill", NO_MASKS)
+        else:
+            opened, tokens = writer.opening(prompt), tokens_for(run.length, writer.tokenizer)
+            try:
+                self.start, self.known = prompt_start(opened, tokens, writer.model, writer.tokenizer)
+            except ValueError as error:
+                raise error if isinstance(error, ArgumentError) else ValueError(f"{self.label}: {error}") from None
+            self.prefix = "" if writer.model.config.segments == "pairs" else prompt
+            hidden = 0 if self.prefix == opened else self.known
+        self.recorder = Recorder(self.start, writer.tokenizer, self.label, hidden)
+
+    def pieces(self, view: View | None = None) -> Iterator[list[str]]:
+        """The next piece of each text. Keeps the time, and the history of the first text if it is to be shown."""
+        recorded, start = self.run.watch or self.run.html or self.run.gif or self.run.race, time.perf_counter()
+
+        def seen(state: State) -> None:
+            nonlocal start
+            self.seconds, self.nfe = self.seconds + time.perf_counter() - start, state.nfe
+            if recorded:
+                self.recorder.add(state, self.seconds)
+            if view:
+                view.show(self.recorder.history)
+            start = time.perf_counter()
+
+        starts, length = [(self.start, self.known)] * self.run.num_samples, None if self.run.infill else self.run.length
+        return self.writer.pieces(starts, self.config, self.run.seed, self.run.stop or (), length, seen)
+
+
+# ------------------------------------------------------------------------------------------------- texts
+def print_text(task: Task) -> History:
+    """One text as it is written, or several at the end; the first is shown or kept step by step, if it is to be."""
+    run, n, rows = task.run, task.run.num_samples, []
+    view, at_once = View(run.pause) if run.watch else None, n == 1 and not run.watch
+    write(task.prefix if at_once else "")
+    with closing(view) if view else nullcontext():
+        for row in task.pieces(view):
+            rows.append(row)
+            write(row[0] if at_once else "")
+        if view and n == 1:
+            view.finish()
+    texts = ["".join(parts) for parts in zip(*rows, strict=True)] or [""] * n
+    if at_once:
+        write("\n")
+    elif not (n == 1 and text_stands()):
+        print_texts([task.prefix + text for text in texts])
+    behind = task.start[task.known :]
+    given = len(task.writer.tokenizer.decode(behind[behind != MASK_ID]))
+    say_speed(sum(map(len, texts)) - n * given, task.seconds, task.nfe)
+    return task.recorder.history
+
+
+def print_texts(texts: Sequence[str], name: str = "sample") -> None:
+    """Print texts on standard output, several with a line before each."""
+    for number, text in enumerate(texts, 1):
+        write(f"--- {name} {number} of {len(texts)} ---\n" if len(texts) > 1 else "")
+        write(text, end="\n")
+
+
+def say_speed(characters: int, seconds: float, nfe: int, label: str = "") -> None:
+    """What was written and how fast, on standard error."""
+    speed = f"{characters / seconds:.0f} characters/s" if seconds else "nothing to do"
+    say(f"{label}{counted(characters, 'character')} in {seconds:.2f} s: {speed}, {counted(nfe, 'network evaluation')}")
+
+
+def print_race(tasks: Sequence[Task]) -> list[History]:
+    """Each model writes alone, after a few steps to warm up; then their histories are replayed side by side."""
+    texts, histories = [], [task.recorder.history for task in tasks]
+    for task in tasks:
+        list(islice(write_states(task.writer.model, [task.start], task.config), WARM_UP_STEPS))
+        texts.append("".join(piece for [piece] in task.pieces()))
+        say_speed(len(texts[-1]), task.seconds, task.nfe, f"{task.label} alone: ")
+    race(histories)
+    if not text_stands():
+        for task, text in zip(tasks, texts, strict=True):
+            write(f"--- {task.label} ---\n{task.prefix}{text}\n")
+    return histories
+
+
+def print_file(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
+    """--infill-file: the bytes of the file with its masks filled. All other bytes stay as they are."""
+    is_input = str(run.infill_file) == "-"
+    source = "standard input" if is_input else str(run.infill_file)
+    content, tokenizer = read_input() if is_input else run.infill_file.read_bytes(), writer.tokenizer
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        plain_text(content, source)  # says what it is
+        raise
+    config = writer.settings(**given(args, writer.config_class))
+    start = template_start(text, writer.model, tokenizer, keep_unknown=True)
+    masked, unknown = start == MASK_ID, int((start == tokenizer.vocab_size).sum())
+    if not (total := int(masked.sum())):
+        raise ArgumentError("infill_file", f"{source} {NO_MASKS}")
+    if unknown:
+        say(f"{counted(unknown, 'character')} unknown to the model: left as they are, it reads [MASK] there")
+    begin = time.perf_counter()
+    with progress(total, "fill", unit="characters") as update:
+        for state in write_states(writer.model, [start], config, torch.Generator().manual_seed(run.seed)):
+            update(total - int((state.texts[0] == MASK_ID).sum()))
+    say_speed(total, time.perf_counter() - begin, state.nfe)
+    tokens = iter(state.texts[0][masked].tolist())
+    filled = MASK_PATTERN.sub(lambda hole: tokenizer.decode(list(islice(tokens, int(hole[1] or 1)))), text)
+    if sys.stdout.isatty():
+        write(filled)
+    else:
+        sys.stdout.buffer.write(filled.encode())
 
 
 # ------------------------------------------------------------------------------------------------- other modes
-def answer_prompts(writer: GeneratorTransformer, args: Namespace) -> None:
+def answer_prompts(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
     """--chat. Each turn has its own seed. A model of pairs sees the conversation, others only the latest prompt."""
-    config, answers = make_config(args, writer.model), writer.model.config.segments == "pairs"
+    config, answers = writer.settings(**given(args, writer.config_class)), writer.model.config.segments == "pairs"
+    limits = {"max_out_tokens": tokens_for(run.length, writer.tokenizer), "length": run.length, "stop": run.stop or ()}
     history: list[tuple[str, str]] = []
 
     def answer(prompt: str, turn: int) -> Iterator[str]:
-        refuse_masks(prompt)
-        pieces = stream(writer, [prompt], config, args, args.seed + turn, history)
-        return remembered(prompt, pieces) if answers else (piece for [piece] in pieces)
-
-    def remembered(prompt: str, pieces: Iterator[list[str]]) -> Iterator[str]:
-        history.append((prompt, ""))
+        said, seed = "", run.seed + turn
+        pieces = writer.stream([literal(prompt)], config, seed=seed, history=history if answers else (), **limits)
+        yield "" if answers else prompt
         for [piece] in pieces:
-            history[-1] = prompt, history[-1][1] + piece
+            said += piece
             yield piece
+        history.append((prompt, said))
 
-    answer("", 0)  # raises now for settings that no turn would accept
-    chat(answer, answers)
+    next(writer.stream([""], config, **limits))  # raises for settings that no turn would accept
+    chat(answer, "a prompt; the model answers it" if answers else "the beginning of a text; the model continues it")
 
 
-def print_beams(writer: GeneratorTransformer, args: Namespace) -> None:
+def print_beams(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
     """The best texts of a beam search; their scores on standard error."""
-    config = make_beam_config(args, writer.model)
-    prompt = opening(args.prompt, writer.model, writer.tokenizer)
-    ids = prompt_ids(writer.model, writer.tokenizer, prompt)
-    found = beam_search(writer.model, ids, config, max_out_tokens=args.max_out_tokens)
+    if run.num_samples > run.beams:
+        raise ArgumentError("num_samples", f"must be at most {run.beams}, the number of --beams")
+    opened, settings = writer.opening(prompt), {**given(args, BeamConfig), "num_return": run.num_samples}
+    found = writer.beam_search(opened, run.beams, tokens_for(run.length, writer.tokenizer), **settings)
     for rank, (_, score) in enumerate(found, 1):
         say(f"beam {rank}: score {score:.4f}")
-    beginning = shown_prompt(args, writer.model)
-    write_texts([beginning + writer.tokenizer.decode(text[len(ids) :].cpu()) for text, _ in found], "beam")
+    beginning = "" if writer.model.config.segments == "pairs" else prompt
+    print_texts([beginning + text[len(opened) :] for text, _ in found], "beam")
 
 
-def print_next_tokens(writer: GeneratorTransformer, args: Namespace) -> None:
-    """The prompt's tokens with their ids, and the likeliest next tokens with their probabilities.
+def print_next_tokens(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
+    """--top: the tokens of the prompt or the template with their ids, and the likeliest tokens at each [MASK]."""
 
-    LLaDA: the tokens of the template or prompt, and a table for each [MASK], or for one after the end if it has none.
-    """
-    text = args.prompt if args.infill is None else args.infill
-    if writer.model.causal:
-        ids = prompt_ids(writer.model, writer.tokenizer, text)
-        tables = {"": writer.next_tokens(text, args.top, args.context_len)}
-    elif args.infill is None and not MASK_PATTERN.search(text):
-        ids, _ = prompt_template(text, 1, writer.model, writer.tokenizer)
-        tables = {f"[MASK] at position {len(ids) - 1}": writer.next_tokens(text, args.top)}
+    def show(token: str) -> str:
+        return token if token in SPECIAL_TOKENS else repr(token)
+
+    if run.infill is None:
+        start, _ = prompt_start(prompt, 1, writer.model, writer.tokenizer)
     else:
-        template = text if MASK_PATTERN.search(text) else text + "[MASK]"
-        ids = parse_template(template, writer.tokenizer)
-        tables = {f"[MASK] at position {i}": table for i, table in writer.tokens_at_masks(template, args.top)}
-    tokens = [f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in ids.tolist()]
-    for line in packed(tokens, shutil.get_terminal_size().columns):
-        write(line, end="\n")
-    for title, table in tables.items():
-        write(f"\n{title}\n" if title else "\n")
+        start = template_start(run.infill, writer.model, writer.tokenizer)
+    write("   ".join(f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in start.tolist()), end="\n")
+    for position, table in writer.likeliest(start, run.top, args.context_len):
+        write(f"\n[MASK] at position {position}\n")
         for token, p in table:
             write(f"{show(token):8}{100 * p:7.3f} %\n")
-
-
-def show(token: str) -> str:
-    """Text in quotes, a special token as it is: "a" -> "'a'", "[END]" -> "[END]"."""
-    return token if token in SPECIAL_TOKENS else repr(token)
-
-
-def packed(cells: Sequence[str], width: int, gap: str = "   ") -> list[str]:
-    """Lines of cells with gaps between, as many in a line as fit its width.
-
-    >>> packed(["'a' 4", "'b' 5", "'c' 6"], width=13)
-    ["'a' 4   'b' 5", "'c' 6"]
-    """
-    from rich.cells import cell_len  # some characters are two columns wide
-
-    lines: list[str] = []
-    for cell in cells:
-        if lines and cell_len(lines[-1] + gap + cell) <= width:
-            lines[-1] += gap + cell
-        else:
-            lines.append(cell)
-    return lines

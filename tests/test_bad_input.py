@@ -12,63 +12,57 @@ import pytest
 import torch
 from conftest import TINY
 
-import benchmarks.__main__
 import evaluate
 import generate
 import train
+from extras import bench
 from utils.console import run_program
 from utils.files import seal
 
-PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "benchmarks": benchmarks.__main__}
-NAMES = {name: f"{name}.py" for name in PROGRAMS} | {"benchmarks": "python -m benchmarks"}  # in their messages
+PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "bench": bench}
+NAMES = {name: f"{name}.py" for name in PROGRAMS} | {"bench": "(python -m extras.bench|bench.py)"}  # in their messages
 HUGE = "9" * 30
-WORDS = ("x", "nan", "inf", "1e999", "")
-NUMBERS = {  # program and flag -> values that it must refuse
-    **{f"train {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--n-layer", "--n-head", "--n-embd", "--block-size")},
-    **{f"train {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--ngram-rows", "--batch-size", "--accumulate")},
-    "train --parallel": ("0", "-1", "1.5", *WORDS),
-    **{f"train {flag}": ("0", "-1", HUGE, *WORDS) for flag in ("--lr", "--ngram-lr")},
-    **{f"train {flag}": ("0", "-1", *WORDS) for flag in ("--minutes", "--save-every")},
-    **{f"train {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--steps", "--eval-every", "--lora-rank")},
-    **{f"train {flag}": ("-1", "1", HUGE, *WORDS) for flag in ("--dropout", "--ngram-dropout", "--calibration")},
-    "train --val-fraction": ("0", "-1", "1", HUGE, *WORDS),
-    "train --sweep-share": ("-1", "1", HUGE, *WORDS),
-    "train --short-share": ("-1", "1.1", HUGE, *WORDS),
-    "train --weight-decay": ("-1", HUGE, *WORDS),
-    "train --vocab-size": ("0", "-1", "260", HUGE, *WORDS),
-    "train --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
-    "generate --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
-    "evaluate --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
-    **{f"generate {flag}": ("0", "-1", HUGE, *WORDS) for flag in ("--length", "--steps", "--top-p")},
-    **{f"generate {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--num-samples", "--top", "--beams", "--top-k")},
-    **{f"generate {flag}": ("0", "-1", "1.5", *WORDS) for flag in ("--slide", "--block-length", "--context-len")},
-    **{f"generate {flag}": ("-1", *WORDS) for flag in ("--temperature", "--cfg", "--factor", "--entropy-bound")},
-    **{f"generate {flag}": ("-1", "1.1", *WORDS) for flag in ("--threshold", "--eta")},
-    "generate --repetition-penalty": ("0", "-1", *WORDS),
-    "generate --length-penalty": ("-11", "11", *WORDS),
-    **{f"benchmarks {flag}": ("0", "-1", HUGE, *WORDS) for flag in ("budget --seconds", "tokens --seconds")},
-    "benchmarks budget --seconds 40": ("0", "-1", HUGE, *WORDS),  # it takes several
-    "benchmarks sampling --windows": ("0", "-1", "1.5", *WORDS),
-    "benchmarks pairs --write tasks --seed": ("-1", str(2**63), HUGE, "0.5", *WORDS),
-    "evaluate --temperature": ("-1", *WORDS),
-    "generate --pause": ("-1", "61", HUGE, *WORDS),
-    "train --sample-every": ("-1", "1.5", *WORDS),
-}
+WORDS = "x nan inf 1e999 "  # the last one is empty
+NUMBERS = [  # program, flags, and values that each of them must refuse besides WORDS
+    ("train", "--n-layer --n-head --n-embd --block-size --ngram-rows --batch-size --accumulate", "0 -1 1.5"),
+    ("train", "--steps --eval-every", "0 -1 1.5"),
+    ("train", "--lr --ngram-lr", f"0 -1 {HUGE}"),
+    ("train", "--minutes --save-every", "0 -1"),
+    ("train", "--lora-rank --sample-every", "-1 1.5"),
+    ("train", "--dropout --ngram-dropout --calibration --sweep-share", f"-1 1 {HUGE}"),
+    ("train", "--val-fraction", f"0 -1 1 {HUGE}"),
+    ("train", "--short-share", f"-1 1.1 {HUGE}"),
+    ("train", "--weight-decay", f"-1 {HUGE}"),
+    ("train --model gpt", "--parallel", "0 -1 1.5"),
+    ("train --tokenizer bpe", "--vocab-size", f"0 -1 260 {HUGE}"),
+    ("train", "--seed", f"-1 {2**63} {HUGE} 0.5"),
+    ("evaluate", "--seed", f"-1 {2**63} {HUGE} 0.5"),
+    ("generate", "--seed", f"-1 {2**63} {HUGE} 0.5"),
+    ("generate", "--length --steps --top-p", f"0 -1 {HUGE}"),
+    ("generate", "--num-samples --top --beams --top-k --slide --block-length --context-len", "0 -1 1.5"),
+    ("generate", "--temperature --cfg-scale --correct --correct-temperature", "-1"),
+    ("generate", "--threshold", "-1 1.1"),
+    ("generate", "--repetition-penalty", "0 -1"),
+    ("generate", "--length-penalty", "-11 11"),
+    ("generate --watch", "--pause", f"-1 61 {HUGE}"),
+    ("bench budget", "--seconds", f"0 -1 {HUGE}"),
+    ("bench sampling", "--windows", "0 -1 1.5"),
+]
 SIZES = [  # flags that are numbers, but impossible ones; what the line must say
-    ("train --n-layer 1001", "--n-layer must be at most 1000"),
-    (f"train --n-embd {HUGE}", "--n-embd must be"),
-    (f"train --n-head {HUGE}", "--n-head must be"),
+    ("train --n-layer 1001", "--n-layer: must be at most 1000"),
+    (f"train --n-embd {HUGE}", "--n-embd: must be"),
+    (f"train --n-head {HUGE}", "--n-head: must be"),
     ("train --model gpt --parallel 9", "--parallel must be at most 8, got 9"),
     ("train --model gpt --parallel 2 --segments line", "--parallel must be 1, got 2: texts that end have one stream"),
     ("train --model gpt --parallel 2 --compile", "--compile does not go with streams"),
-    ("train --parallel 2", "--parallel is for --model gpt"),
-    ("train --model gpt --sweep-share 0.5", "--sweep-share is for --model llada"),
+    ("train --parallel 2", "--parallel has no effect with model llada: it needs model gpt"),
+    ("train --model gpt --sweep-share 0.5", "--sweep-share has no effect with model gpt"),
     ("train --n-embd 30 --n-head 4", "--n-embd must be a multiple of 2 * n_head"),
     ("train --n-embd 16777216 --n-head 1", "GB of memory"),
     ("train --n-embd 1048576", "GB of memory"),
-    (f"train --block-size {HUGE}", "--block-size must be"),
+    (f"train --block-size {HUGE}", "--block-size: must be"),
     ("train --block-size 5000", "too few for one window of 5000"),
-    (f"train --ngram-rows {HUGE}", "--ngram-rows must be"),
+    (f"train --ngram-rows {HUGE}", "--ngram-rows: must be"),
     ("train --ngram-rows 16777216 --n-embd 1024", "--ngram-rows 16777216 needs at least"),
     (f"train --batch-size {HUGE}", f"--batch-size {HUGE} needs at least"),
     ("train --batch-size 1000000000", "--batch-size 1000000000 needs at least"),
@@ -76,12 +70,11 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("train --batch-size 6 --accumulate 4", "--batch-size 6 is not a multiple of 4"),
     ("train --val-fraction 1e-300", "too few for one window"),
     ("train --calibration 0.9999", "--calibration 0.9999 leaves"),
-    ("train --minutes 1e-9", "--minutes 1e-09 are over before the first step"),
     ("train --lr 1e6 --eval-every 4", "the loss is not finite at step"),
-    ("train --steps 1 --minutes 1", "not allowed with"),
+    ("train --steps 1 --minutes 1", "--steps or minutes must be given, and not both"),
     ("train --lora-rank 2", "--lora-rank needs a model to adapt"),
-    ("train --vocab-size 300", "--vocab-size needs --tokenizer bpe"),
-    ("train --arch vanilla --ngram-rows 7", "--ngram-rows: the vanilla network has no n-gram tables"),
+    ("train --vocab-size 300", "--vocab-size has no effect with tokenizer char"),
+    ("train --arch vanilla --ngram-rows 7", "--ngram-rows has no effect with arch vanilla"),
     ("train --model bert", "'bert' is not one of llada, gpt"),
     ("train --optimizer sgd", "--optimizer"),
     ("train --preset phone", "--preset"),
@@ -98,26 +91,57 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("generate --model gpt --context-len 17", "--context-len"),
     ("generate --model llada --steps 3 --block-length 4 --length 16", "--steps must be at least 4"),
     ("generate --model llada --schedule 1,x", "--schedule"),
-    ("generate --model llada --schedule 1,2 --length 16", "schedule"),
-    ("generate --model llada --schedule 0,16 --length 16", "schedule"),
-    ("generate --model llada --beams 2", "--beams has no effect on a llada model"),
-    ("generate --model llada --eta 0.1", "--eta needs --remask"),
-    ("generate --model gpt --remask conf", "--remask has no effect on a gpt model"),
-    ("generate --model gpt --infill a[MASK]", "--infill"),
+    ("generate --order left --schedule 1,2 --length 16", "--schedule reveals 3 positions"),
+    ("generate --order left --schedule 0,16 --length 16", "--schedule must be counts of at least 1"),
+    ("generate --model llada --beams 2", "--beams has no effect with model llada"),
+    ("generate --model gpt --order left", "--order has no effect with model gpt"),
+    ("generate --model gpt --infill a[MASK]", "--infill has no effect with model gpt"),
+    ("generate --infill a[mask]", "one mask is [MASK], five are [MASK*5]"),
+    ("generate --infill a[MASK*9-3]", "--infill [MASK*9-3]: the second number must be"),
+    ("generate --infill a[MASK*]", "[MASK*] at position 1: one mask is [MASK]"),
+    ("generate --infill a[MASK5]", "[MASK5] at position 1: one mask is [MASK]"),
+    ("generate --infill a[MASK]\u2603", "unknown character '\u2603' (U+2603) at position 7"),
+    ("generate --streams 2", "--streams needs a GPT of train.py --parallel"),
     ("generate --model llada --infill the", "--infill"),
     ("generate --model llada --infill [MASK*0]", "--infill"),
-    ("generate --model gpt --prompt a[MASK]", "--prompt"),
-    ("generate --prompt \u20ac", "unknown character '\u20ac'"),
-    ("generate --prompt \udcff", "--prompt"),
+    ("generate --model gpt --prompt a[MASK]", "--prompt is read literally, [MASK] too: give the whole text"),
+    ("generate --prompt a\u20ac", "unknown character '\u20ac' (U+20AC) at position 1"),
+    ("generate --race --prompt \u20ac", "LLaDA: unknown character '\u20ac'"),
+    ("generate --prompt \udcff", "--prompt: byte 0xFF at position 0 is not valid"),
     ("generate --out nowhere", "no checkpoint under nowhere/"),
-    ("generate --out out --checkpoint out/gpt", "--out has no effect with --checkpoint"),
-    ("generate --chat --top 3", "not allowed with"),
+    ("generate --out out --checkpoint out/gpt", "--out has no effect with checkpoint out/gpt"),
+    ("generate --chat --top 3", "--top does not go with --chat"),
+    ("generate --race --infill [MASK]", "--infill does not go with --race"),
+    ("generate --infill [MASK] --infill-file -", "--infill-file does not go with --infill"),
+    ("generate --chat --watch", "--watch has no effect with mode chat"),
+    ("generate --chat --prompt a", "--prompt has no effect with mode chat"),
+    ("generate --chat --model gpt --slide 17", "--slide must be in 1..16"),
+    ("generate --top 3 --html a.html", "--html has no effect with mode top"),
+    ("generate --pause 1", "--pause has no effect with watch False"),
+    ("generate --race --model gpt", "--model has no effect with mode race"),
+    ("generate --race --checkpoint out/gpt", "--checkpoint has no effect with mode race"),
+    ("generate --race --num-samples 2", "--num-samples has no effect with mode race"),
+    ("generate --infill-file one.txt --html a.html", "--html has no effect with mode file"),
+    ("generate --infill-file one.txt --model gpt", "--infill-file has no effect with model gpt"),
+    ("generate --infill [MASK] --length 3", "--length has no effect with mode infill"),
+    ("generate --beams 2 --temperature 1", "--temperature has no effect with mode beams"),
+    ("generate --length-penalty 2", "--length-penalty has no effect with mode text: it needs mode beams"),
+    ("generate --model llada --stop x", "--stop has no effect with model llada"),
+    ("generate --stop ", "--stop must not be an empty string"),
+    ("generate --checkpoint out/llada/last.pt --model gpt", "out/llada/last.pt holds a llada model"),
+    ("generate --order sweep --schedule cosine", "--schedule does not go with --order sweep"),
+    # the first window fits (16 masks), the second does not (8)
+    ("generate --infill [MASK*24] --order left --schedule 8,8", "reveals 16 positions, but 8 are"),
+    ("generate --gen-length 5", "unrecognized arguments: --gen-length 5; did you mean --length?"),
+    ("generate --num_steps 5", "did you mean --steps?"),
+    ("generate --model GTP", "'GTP' is not one of llada, gpt; did you mean gpt?"),
+    *((f"generate {flag} {path}", f"{flag} {path}: cannot be written")
+      for flag in ("--html", "--gif", "--page") for path in ("nowhere/a.html", "out")),
     ("generate --order best", "--order"),
-    ("generate --top 3 --seed 1", "--seed has no effect with --top"),
-    ("benchmarks pairs --seed 3", "--seed needs --write"),
-    ("benchmarks budget --model bert", "--model"),
-    ("benchmarks speed", "'speed' is not one of"),
-    ("benchmarks sampling --out nowhere", "no checkpoint under nowhere/"),
+    ("generate --top 3 --seed 1", "--seed has no effect with mode top"),
+    ("bench budget --model bert", "--model"),
+    ("bench speed", "'speed' is not one of"),
+    ("bench sampling --out nowhere", "no checkpoint under nowhere/"),
     ("evaluate --out nowhere", "no checkpoint under nowhere/"),
     ("evaluate --device quantum", "--device quantum"),
     ("evaluate --data other.txt", "is not the text the model was trained on"),
@@ -154,7 +178,8 @@ FILES = [  # a program's way to read a file, what is in it, and what the line mu
     ("train --init-from out/llada/last.pt --block-size 17", "--block-size must be at most 16"),
 ]
 ROWS = [
-    *((f"{flag} {value}", re.findall(r"--[a-z-]+", flag)[-1]) for flag, values in NUMBERS.items() for value in values),
+    *((f"{program} {flag} {value}", flag) for program, flags, values in NUMBERS for flag in flags.split()
+      for value in f"{values} {WORDS}".split(" ")),
     *SIZES,
     *FILES,
 ]
@@ -196,7 +221,7 @@ def words_of(line: str) -> list[str]:
     words = line.split(" ")
     flags, given = [], set(words)
     if words[0] == "train" and not {"--resume", "--init-from"} & given:
-        flags += TINY
+        flags += [word for pair in zip(TINY[::2], TINY[1::2], strict=True) if pair[0] not in given for word in pair]
     if words[0] == "train" and not {"--steps", "--minutes"} & given:
         flags += ["--steps", "4"]
     if words[0] == "train" and not {"--data", "--pairs", "--resume"} & given:
@@ -212,7 +237,7 @@ def test_the_table_is_long():
 def test_bad_input_gets_one_line(work, monkeypatch, capsys, line, named):
     monkeypatch.chdir(work)
     before, program = contents(work), line.split()[0]
-    path = "benchmarks/__main__.py" if program == "benchmarks" else f"{program}.py"
+    path = "extras/bench.py" if program == "bench" else f"{program}.py"
     monkeypatch.setattr(sys, "argv", [path, *words_of(line)])
     with pytest.raises(SystemExit) as stop:
         run_program(PROGRAMS[program].main)

@@ -1,127 +1,144 @@
-"""generation/infilling.py: templates, and texts longer than the model's context."""
+"""Templates, texts longer than the model's context, and texts that end: `write` with LLaDA and GPT."""
+
+import itertools
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from toy import random_model
 
-from generation import infill, stream_texts
-from generation.infilling import fill_masks, parse_template, prompt_template, text_sampling, window_starts
-from model import GPT, LLaDAModel, ModelConfig
-from sampler import SamplingConfig
-from tokenizer import MASK_ID, SimpleTokenizer
+from autoregressive import exact_nll
+from config import DecodingConfig, ModelConfig, SamplingConfig
+from generation import GeneratorTransformer
+from generation.text import parse_template, pieces_of, prompt_start
+from generation.write import known_before_masks, mask_predictor, window_starts, write
+from model import GPT, LLaDAModel
+from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
 from utils.errors import ArgumentError
 
 TOKENIZER = SimpleTokenizer("abcdefgh [MASK*]")
-SIZES = {"vocab_size": TOKENIZER.vocab_size, "n_embd": 16, "n_head": 2, "n_layer": 1, "ngram_rows": 101}
+AB = SimpleTokenizer("ab")
+A, B = 4, 5
+BOTH = pytest.mark.parametrize("name", ["gpt", "llada"])
 
 
-def random_model(block_size: int) -> LLaDAModel:
-    torch.manual_seed(0)
-    model = LLaDAModel(ModelConfig(block_size=block_size, **SIZES)).eval()
-    for parameter in model.parameters():  # some start at zero
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+def small_model(name: str, block_size: int = 16, tokenizer=TOKENIZER, segments: str = "window"):
+    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": block_size, "n_layer": 1}
+    return random_model(name, segments=segments, **sizes)
+
+
+def segment_writer(name: str, block_size: int = 5, segments: str = "line") -> GeneratorTransformer:
+    return GeneratorTransformer(small_model(name, block_size, AB, segments), AB)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(16)
+    return small_model("llada")
+
+
+@pytest.fixture
+def writer(model):
+    return GeneratorTransformer(model, TOKENIZER)
 
 
 def masks(n: int) -> torch.Tensor:
     return torch.full((n,), MASK_ID)
 
 
+def written(model, starts, seed: int = 0, **settings):
+    """The last state."""
+    config = (DecodingConfig if isinstance(model, GPT) else SamplingConfig)(**settings)
+    *_, state = write(model, starts, config, torch.Generator().manual_seed(seed))
+    return state
+
+
+# ------------------------------------------------------------------------------------------------- templates
 def test_a_template_is_text_with_counted_masks(model):
     a, b = TOKENIZER.char_to_id["a"], TOKENIZER.char_to_id["b"]
     assert parse_template("ab[MASK*3]b[MASK]", TOKENIZER).tolist() == [a, b, 1, 1, 1, b, 1]
-    assert prompt_template("[MASK]a", 2, model, TOKENIZER)[0].tolist()[6:] == [a, 1, 1]  # a prompt is taken literally
-    assert TOKENIZER.decode(prompt_template("[MASK]a", 2, model, TOKENIZER)[0]) == "[MASK]a"
-    with pytest.raises(ValueError, match="unknown character 'z'"):
+    start, known = prompt_start("[MASK]a", 2, model, TOKENIZER)  # a prompt is taken literally
+    assert start.tolist()[6:] == [a, 1, 1]
+    assert (TOKENIZER.decode(start), known) == ("[MASK]a", 7)
+    with pytest.raises(ValueError, match=r"unknown character 'z' .* at position 7"):
         parse_template("a[MASK]z", TOKENIZER)
 
 
-def test_given_characters_stay_and_every_mask_becomes_one_character(model):
+def test_given_characters_stay_and_every_mask_becomes_one_character(writer):
     for template, pattern in [("ab[MASK*6] gh", "ab...... gh"), ("a[MASK*50]b", f"a{'.' * 50}b"), ("[MASK]", ".")]:
-        text = infill(model, TOKENIZER, template)
+        text = writer.infill(template)
         assert len(text) == len(pattern)  # no [END], which this model predicts as often as any other token
         assert all(p in (".", c) for c, p in zip(text, pattern, strict=True))
-    assert infill(model, TOKENIZER, "abc") == "abc"
+    assert writer.infill("abc") == "abc"
 
 
-# ------------------------------------------------------------------------------------------------- windows
-def test_windows_cover_a_text_and_overlap(model):
-    assert window_starts(16, 16, 8) == [0]
+def test_windows_cover_a_text_and_the_sweep_costs_16_evaluations_each(model):
     assert window_starts(41, 16, 8) == [0, 8, 16, 24, 25]
-    seen = []
-    hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
-    [*_, state] = fill_masks(model, [masks(400)], text_sampling(steps=4))
-    hook.remove()
+    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
+        state = written(model, [masks(400)], steps=4, correct=0)
+    seen = [call.args[0].shape[1] for call in forward.call_args_list]
     assert set(seen) == {16}  # the cost of a character does not depend on the length of the text
     assert len(seen) == state.nfe == 4 * len(window_starts(400, 16, 8))
-    assert state.evaluations.tolist() == [state.nfe]
+    larger = small_model("llada", 32)
+    for length, windows in ((20, 1), (32, 1), (48, 2), (80, 4)):
+        assert written(larger, [masks(length)], correct=0).nfe == 16 * windows
+    states = list(write(small_model("llada", 256), [masks(240)], SamplingConfig(block_length=16, correct=0)))
+    assert states[-1].nfe == len(states) == 240  # 16 a block, and not 16 for all blocks
+    assert all(len(state.written[0]) == 1 for state in states)
 
 
-def test_the_sweep_costs_16_evaluations_a_window():
-    model = random_model(block_size=32)
-    for length, windows in ((20, 1), (32, 1), (48, 2), (64, 3), (80, 4)):
-        [*_, state] = fill_masks(model, [masks(length)])
-        assert state.nfe == 16 * windows
+SETTINGS = [
+    {},
+    {"order": "left", "temperature": 0.5, "slide": 3, "correct": 0},
+    {"threshold": 0.2, "block_length": 4, "correct": 0},
+    {"order": "random", "steps": 5, "correct": 2},
+    {"cfg_scale": 1.0, "order": "confidence", "steps": 6, "correct": 0},
+    {"order": "drawn_confidence", "steps": 6, "correct": 0},
+]
 
 
-def test_the_sweep_costs_16_evaluations_a_block():
-    """It once shared the 16 evaluations of a window among its blocks, and so wrote 16 neighbours at once."""
-    model = random_model(block_size=256)
-    states = list(fill_masks(model, [masks(240)], text_sampling(block_length=16)))
-    assert states[-1].nfe == len(states) == 240
-    assert all(int(state.step.revealed.sum()) == 1 for state in states)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"order": "left", "temperature": 0.5, "slide": 3},
-        {"threshold": 0.2, "block_length": 4},
-        {"order": "random", "schedule": "ancestral", "steps": 5, "remask": "cap", "eta": 0.3},
-        {"cfg_scale": 1.0, "order": "margin", "steps": 6},
-        {"order": "drawn_confidence", "steps": 6},
-    ],
-    ids=str,
-)
-def test_a_text_does_not_depend_on_its_batch(model, settings):
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_text_does_not_depend_on_its_batch_and_its_pieces_make_it_up(writer, settings):
     templates = ["ab[MASK*9]", "[MASK*3]", "c[MASK*40]hh[MASK]", "[MASK*21]"]
-    together = infill(model, TOKENIZER, templates, **settings)
-    assert together == [infill(model, TOKENIZER, template, **settings) for template in templates]
-
-
-@pytest.mark.parametrize("settings", [{}, {"order": "left"}, {"remask": "random", "steps": 6}], ids=str)
-def test_the_pieces_of_a_stream_make_up_the_text(model, settings):
+    together = writer.infill(templates, **settings)
+    assert together == [writer.infill(template, **settings) for template in templates]
     prompts = ["ab", "", "abc abc abc abc abc abc"]
-    pieces = list(stream_texts(model, TOKENIZER, prompts, max_out_tokens=30, **settings))
+    pieces = list(writer.stream(prompts, writer.settings(**settings), max_out_tokens=30))
     texts = [prompt + "".join(parts) for prompt, parts in zip(prompts, zip(*pieces, strict=True), strict=True)]
-    assert texts == infill(model, TOKENIZER, [prompt + "[MASK*30]" for prompt in prompts], **settings)
-    if settings.get("order") == "left":
-        assert pieces[0] == [texts[0][2], texts[1][0], ""]  # the third prompt is longer than the first window
+    assert texts == writer.infill([prompt + "[MASK*30]" for prompt in prompts], **settings)
+    assert len(pieces) == 1 if settings.get("correct", 4) else len(pieces) > 1  # what may change is not shown yet
 
 
-# ------------------------------------------------------------------------------------------------- settings
-def test_the_defaults_for_text_are_the_sweep_or_confidence_where_the_sweep_cannot_be_used():
-    assert text_sampling() == SamplingConfig(temperature=1.0, order="sweep")
-    assert text_sampling(temperature=0.5, schedule=None).order == "sweep"
-    for setting in ({"schedule": "cosine"}, {"threshold": 0.9}, {"factor": 1}, {"entropy_bound": 1}, {"remask": "cap"}):
-        assert text_sampling(**setting).order == "confidence"
-        assert text_sampling(order="left", **setting).order == "left"
+def test_the_pieces_of_a_long_text_are_found_in_linear_time():
+    """Each look at the text begins where the one before ended, and what cannot end is not searched for an end."""
+
+    class Counted(torch.Tensor):
+        looks = 0
+
+        def __getitem__(self, index):
+            Counted.looks += not isinstance(index, slice)
+            return super().__getitem__(index)
+
+    def states():
+        text = masks(600).as_subclass(Counted)
+        for i in range(600):
+            text[i] = A
+            yield SimpleNamespace(texts=[text])
+
+    assert "".join(piece for [piece] in pieces_of(states(), AB, [0])) == "a" * 600
+    assert Counted.looks < 5 * 600
 
 
 @pytest.mark.parametrize(
     ("template", "settings", "message"),
     [
         ("", {}, "nothing to write"),
-        ("a[MASK]", {"slide": 0}, "slide must be at least 1"),
         ("a[MASK]", {"slide": 17}, r"slide must be in 1\.\.16"),
         ("a[MASK]", {"steps": 0}, "steps must be at least 1"),
-        ("a[MASK]", {"threshold": 0.5, "factor": 1.0}, "threshold does not go with factor"),
-        ("a[MASK*14]c[MASK*8]", {"schedule": (7, 7)}, "schedule reveals 14 positions, but 8 are masked"),
+        ("a[MASK*14]c[MASK*8]", {"order": "left", "schedule": (7, 7)}, "reveals 14 positions, but 8 are masked"),
         ("a[MASK*15]" * 9, {"steps": 3, "block_length": 5, "slide": 16}, None),
         ("a[MASK*15]" * 9, {"steps": 2, "block_length": 5}, "steps must be at least 3"),
         ("[MASK*16]abcd[MASK]ef[MASK]gh", {"steps": 1, "block_length": 4}, "steps must be at least 4"),
@@ -130,41 +147,128 @@ def test_the_defaults_for_text_are_the_sweep_or_confidence_where_the_sweep_canno
 )
 def test_bad_values_are_refused_before_anything_is_written(model, template, settings, message):
     """Also settings that fit the first window of a text and not a later one."""
-    calls = []
-    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    try:
-        if message is None:
-            fill_masks(model, [parse_template(template, TOKENIZER)], text_sampling(**settings))
-        else:
-            with pytest.raises(ValueError, match=message):
-                fill_masks(model, [parse_template(template, TOKENIZER)], text_sampling(**settings))
-    finally:
-        hook.remove()
-    assert not calls
+    expected = nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with mock.patch.object(model, "forward", wraps=model.forward) as forward, expected:
+        written(model, [parse_template(template, TOKENIZER)], **settings)
+    assert bool(forward.called) == (message is None)
 
 
-def test_every_window_is_checked_with_the_masks_it_will_have(model):
-    """What is accepted can be written to the end: no later window meets an error."""
-    generator = torch.Generator().manual_seed(0)
-    accepted, refused = 0, []
-    for _ in range(60):
-        template = torch.where(torch.rand(40, generator=generator) < 0.3, MASK_ID, 5)
-        config = text_sampling(steps=int(torch.randint(1, 5, (), generator=generator)), block_length=4, order="left")
-        try:
-            states = fill_masks(model, [template], config)
-        except ArgumentError as error:
-            refused.append(error.argument)
+def test_gpt_fills_no_gaps():
+    gpt = GeneratorTransformer(small_model("gpt"), TOKENIZER)
+    assert gpt.infill("a[MASK*3]").startswith("a")
+    with pytest.raises(ValueError, match=r"no token may stand behind a \[MASK\]"):
+        gpt.infill("a[MASK]b")
+    assert [known_before_masks(parse_template(t, TOKENIZER)) for t in ("ab", "a[MASK]", "[MASK]a")] == [2, 1, None]
+
+
+# ------------------------------------------------------------------------------------------------- texts that end
+def frequencies(writer, count: int = 3000, **settings) -> dict[str, float]:
+    pieces = writer.stream([""] * count, writer.settings(temperature=1.0, **settings), max_out_tokens=3)
+    texts = ["".join(text) for text in zip(*pieces, strict=True)]
+    return {text: texts.count(text) / count for text in set(texts)}
+
+
+@pytest.mark.parametrize(("name", "settings"), [("gpt", {}), ("llada", {"order": "left", "correct": 0})])
+def test_segments_are_written_with_their_likelihood(name, settings):
+    """LLaDA from left to right, so that what stands behind the [END] plays no part."""
+    writer, expected = segment_writer(name, 4), {}
+    predict = mask_predictor(writer.model, may_end=True) if name == "llada" else None
+    for text in ("".join(text) for n in range(4) for text in itertools.product("ab", repeat=n)):
+        row = torch.tensor([*AB.encode(text).tolist(), END_ID][:3])  # three tokens need no [END]
+        if predict is None:
+            expected[text] = math.exp(-float(exact_nll(writer.model, row[None], START_ID).sum()))
             continue
-        accepted += 1
-        [*_, state] = states
-        assert not (state.texts[0] == MASK_ID).any()
-    assert accepted
-    assert set(refused) == {"steps"}
+        seen = [torch.cat([row[:i], masks(3 - i)]) for i in range(len(row))]
+        p = [predict(x[None])[0, i].softmax(-1)[row[i]].item() for i, x in enumerate(seen)]
+        expected[text] = math.prod(p)
+    assert sum(expected.values()) == pytest.approx(1)
+    found = frequencies(writer, **settings)
+    assert all(found.get(text, 0) == pytest.approx(p, abs=0.035) for text, p in expected.items())
 
 
-def test_a_causal_model_is_refused():
-    gpt = GPT(ModelConfig(block_size=16, **SIZES))
-    with pytest.raises(ValueError, match="infilling needs a LLaDA model"):
-        infill(gpt, TOKENIZER, "a[MASK]", steps=3)
-    with pytest.raises(ValueError, match="needs a LLaDA model"):
-        fill_masks(gpt, [masks(3)])
+def test_llada_reads_a_segment_as_it_learned_it():
+    """[START], the text and [END]s."""
+    model, seen = segment_writer("llada", 6).model, []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    rows = torch.tensor([[A, MASK_ID, B, A], [A, B, MASK_ID, B]])
+    logits = mask_predictor(model, may_end=True)(rows)
+    contexts = [[START_ID, A, MASK_ID, B, A, END_ID], [START_ID, A, B, MASK_ID, B, END_ID]]
+    assert seen[0].tolist() == contexts
+    assert torch.equal(logits, model(torch.tensor(contexts))[:, 1:5])
+    assert (mask_predictor(model)(rows)[..., END_ID] == -torch.inf).all()  # templates are exact
+
+
+@pytest.mark.parametrize("settings", [{}, {"order": "confidence", "steps": 3}, {"correct": 2}], ids=str)
+def test_texts_are_cut_at_the_first_end(settings):
+    writer, start = segment_writer("llada", 12), torch.tensor([A] + [MASK_ID] * 8)
+    ended = 0
+    for text in written(writer.model, [start] * 40, temperature=1.0, **settings).texts:
+        ids = text.tolist()
+        end = ids.index(END_ID) if END_ID in ids else len(ids)
+        assert set(ids[end:]) <= {END_ID}
+        ended += end < len(ids) - 1
+    assert ended  # else this test shows nothing
+    assert len(writer.infill("a[MASK*8]", **settings)) == 9  # a template ends where it ends
+
+
+class SureOfTheEnd(LLaDAModel):
+    """Surest of all of the [END]s at the far end, as trained models of segments are."""
+
+    def forward(self, tokens, **_):
+        V, T = self.config.vocab_size, tokens.shape[1]
+        logits = torch.zeros(*tokens.shape, V).index_fill(-1, torch.tensor([0, MASK_ID, START_ID]), -torch.inf)
+        logits[..., END_ID] = torch.linspace(-3, 3, T)
+        return logits
+
+
+@pytest.mark.parametrize("order", ["confidence", "drawn_confidence"])
+@pytest.mark.parametrize("steps", [None, 4])
+def test_orders_of_confidence_do_not_begin_with_the_ends_at_the_far_end(order, steps):
+    config = ModelConfig(AB.vocab_size, 65, 16, 2, 1, ngram_rows=11, segments="line")
+    states = write(SureOfTheEnd(config), [masks(64)], SamplingConfig(order=order, steps=steps, correct=0))
+    first, last = (max(state.written[0].tolist()) for state in (next(states), list(states)[-1]))
+    assert first < 16 < last
+
+
+# ------------------------------------------------------------------------------------------------- pairs
+def test_the_prompt_of_a_pair_ends_with_start_and_the_newest_of_a_conversation_stand_before_it():
+    model, history = segment_writer("llada", 16, "pairs").model, [("a", "b"), ("ab", "ba")]
+
+    def given(room: int, history=()) -> list[int]:
+        start, known = prompt_start("b", room, model, AB, history)
+        assert (start[known:] == MASK_ID).all()
+        assert len(start) <= 15
+        return start[:known].tolist()
+
+    assert given(9) == [B, START_ID]
+    newest = [A, B, START_ID, B, A, END_ID, START_ID, B, START_ID]
+    assert given(2, history) == newest
+    assert given(1, history) == [A, START_ID, B, END_ID, START_ID, *newest]
+    assert given(8, history) == [B, START_ID]
+
+
+@BOTH
+def test_a_model_of_pairs_writes_completions_alone_and_keeps_the_conversation(name):
+    writer = segment_writer(name, 16, "pairs")
+
+    def texts(length: int, **arguments) -> list[str]:
+        pieces = writer.stream(["ab"] * 30, writer.settings(temperature=1.0), max_out_tokens=length, **arguments)
+        return ["".join(text) for text in zip(*pieces, strict=True)]
+
+    assert {len(text) for text in texts(6)} <= set(range(7))
+    assert set("".join(texts(6))) <= set("ab")
+    assert any(not text.startswith("ab") for text in texts(6))
+    with_history = texts(4, history=[("b", "b")])
+    assert max(map(len, with_history)) > 0  # the [END] of the earlier answer ends nothing
+    assert with_history != texts(4)
+    assert len(writer.generate("ab", max_out_tokens=3)) <= 3
+
+
+@BOTH
+def test_a_prompt_without_room_is_refused(name):
+    writer = segment_writer(name, 16)
+    with pytest.raises(ArgumentError, match="prompt takes 15 tokens, which leaves no room to write in a context of 16"):
+        writer.generate("a" * 15)
+    assert len(writer.generate("a" * 14, max_out_tokens=1)) <= 15
+    writer.model.config = replace(writer.model.config, segments="window")
+    assert len(writer.generate("a" * 15, max_out_tokens=1)) >= 15

@@ -1,101 +1,78 @@
-"""The views in the terminal: styles, line breaks, scrolling, pace, windows, plain lines, the race."""
+"""Histories and what draws them: recording, replaying, line breaks, styles, the terminal, the race, the animation."""
 
 import os
 import pty
 import re
 import threading
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
-from itertools import combinations
+from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 from rich.cells import cell_len
 from rich.style import Style
+from toy import random_model
 
-from autoregressive import decode
-from generation import live, race, screen
-from generation.history import Cell, Frame, History, Status, record_filling
-from generation.infilling import fill_masks, prompt_template, window_starts
-from generation.live import PAUSE, PAUSES, View
-from generation.screen import NEWLINE, Scroller, glyph, glyphs, text_stands, wrapped
-from generation.text import prompt_ids
-from model import MODELS, ModelConfig
-from tokenizer import END_ID, MASK_ID, PAD_ID, SimpleTokenizer
+from config import DecodingConfig, SamplingConfig
+from generation import terminal as views
+from generation.gif import moments, write_gif
+from generation.history import Frame, History, Recorder, Replay, Run, Status, layout
+from generation.terminal import PAUSE, Screen, View, plain_line, side_by_side, style_of, text_stands
+from generation.text import prompt_start
+from generation.write import write
+from model import MODELS
+from tokenizer import SimpleTokenizer
 
 TOKENIZER = SimpleTokenizer("\x1b\n abcdefgh")
 BLOCK_SIZE = 16
-CELLS = {  # a cell of each status after step 2
-    Status.GIVEN: Cell("a", 0, 1.0),
-    Status.MASKED: Cell(None),
-    Status.WRITTEN: Cell("a", 2, 0.5),
-    Status.REMASKED: Cell(None, 2),
-    Status.SETTLED: Cell("a", 1, 0.5),
-}
 
 
-def random_model(name: str):
-    """An untrained model that rarely writes [END]."""
-    torch.manual_seed(0)
-    config = ModelConfig(TOKENIZER.vocab_size, BLOCK_SIZE, n_embd=16, n_head=2, n_layer=1, ngram_rows=101)
-    return MODELS[name](config).eval()
+def recorded(name: str, prompt: str, length: int, view: View | None = None, first: int = 0, **settings) -> History:
+    """The history of a text that a random model writes; it ends with the finished text."""
+    model = random_model(name, vocab_size=TOKENIZER.vocab_size, block_size=BLOCK_SIZE)
+    start, _ = prompt_start(prompt, length, model, TOKENIZER)
+    recorder = Recorder(start, TOKENIZER, name, first)
+    config = (DecodingConfig if name == "gpt" else SamplingConfig)(**settings)
+    for state in write(model, [start] * 2, config, torch.Generator().manual_seed(1)):
+        recorder.add(state, 0.01 * (len(recorder.history.frames) + 1))
+        if view:
+            view.show(recorder.history)
+    text = [TOKENIZER.id_to_char[i] for i in state.texts[0].tolist()]
+    cells = Replay(recorder.history).advance().cells
+    assert [cell.token for cell in cells] == text[first:][: len(cells)]  # behind an [END] GPT writes no more
+    return recorder.history
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
-
-
-def written_history(text: str, label: str = "GPT", seconds: float = 0.1) -> History:
+def written_history(text: str, label: str = "GPT", seconds: float = 0.1, masked: bool = False) -> History:
     """A history that writes one character a step."""
-    history = History(label, [])
-    for i, char in enumerate(text):
-        history.add(Frame({i: Cell(char, i + 1, 0.5)}, nfe=i + 1, seconds=seconds * (i + 1)))
-    return history
+    frames = [Frame(i + 1, seconds * (i + 1), {i: (char, 0.5)}, {i: ((char, 0.5),)}) for i, char in enumerate(text)]
+    return History(label, [None] * len(text) * masked, frames)
+
+
+def texts_of(replay: Replay, width: int = 80) -> list[str]:
+    return ["".join(run.text for run in line).rstrip() for line in replay.lines(width)]
+
+
+def plain(lines) -> list[str]:
+    return [line.plain.rstrip() for line in lines]
 
 
 def without_styles(output: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", output)
 
 
-def plain(lines) -> list[str]:
-    return [line.plain for line in lines]
-
-
-class FakeScreen:
-    """Keeps what is drawn."""
-
-    size = 80, 23
-
-    def __init__(self):
-        self.drawn, self.left = [], None
-
-    def is_due(self) -> bool:
-        return True
-
-    def draw(self, make_lines) -> None:
-        self.drawn.append(plain(make_lines(*self.size)))
-
-    def leave(self, *texts) -> None:
-        self.left = plain(texts)
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only sleeping moves; its value is the time slept."""
     now = [0.0]
-    for module in (live, race):
-        monkeypatch.setattr(
-            module,
-            "time",
-            type(
-                "time",
-                (),
-                {
-                    "monotonic": staticmethod(lambda: now[0]),
-                    "sleep": staticmethod(lambda seconds: now.__setitem__(0, now[0] + seconds)),
-                },
-            ),
-        )
+
+    class Time:
+        monotonic = staticmethod(lambda: now[0])
+        sleep = staticmethod(lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    monkeypatch.setattr(views, "time", Time)
     return now
 
 
@@ -127,239 +104,201 @@ def pseudo_terminal():
     os.close(master)
 
 
-# ------------------------------------------------------------------------------------------------- characters
-@pytest.mark.parametrize("pair", list(combinations(Status, 2)))
-def test_every_status_has_a_colour_of_its_own_and_a_symbol_or_weight_of_its_own(pair):
-    (a, a_style), (b, b_style) = ((text, Style.parse(style)) for text, style in (glyph(CELLS[s], 2) for s in pair))
-    colors = [(style.color, style.reverse) for style in (a_style, b_style)]
-    assert colors[0] != colors[1]
-    assert (a, a_style.without_color) != (b, b_style.without_color)
+# ------------------------------------------------------------------------------------------------- recording
+def test_a_history_of_gpt_grows_by_what_is_written():
+    history = recorded("gpt", "ab", 12, first=1)
+    assert history.start == ["b"]  # what is hidden is left out
+    for k, frame in enumerate(history.frames):
+        assert list(frame.written) == list(frame.beliefs) == [1 + k]
+        token, p = frame.written[1 + k]
+        assert dict(frame.beliefs[1 + k]).get(token, p) == p > 0
+    assert [frame.nfe for frame in history.frames] == list(range(1, len(history.frames) + 1))
 
 
-def test_confidence_is_a_shade():
-    styles = [glyph(Cell("a", 1, confidence), 2)[1] for confidence in (0.0, 0.3, 0.6, 0.9, 1.0)]
-    assert len(set(styles)) == 4
-    assert styles[3] == styles[4]
+def test_a_history_of_llada_keeps_what_the_network_believed_of_every_mask_before_it_wrote():
+    history = recorded("llada", "ab", 12, steps=4, correct=0)
+    assert (history.start, len(history.frames)) == (["a", "b", *[None] * 12], 4)
+    masked = set(range(2, 14))
+    for frame in history.frames:
+        assert set(frame.beliefs) == masked
+        for beliefs in frame.beliefs.values():
+            assert len(beliefs) == 5
+            assert [p for _, p in beliefs] == sorted((p for _, p in beliefs), reverse=True)
+        masked -= set(frame.written)
+    assert not masked
 
 
-def test_control_characters_are_shown_and_special_tokens_are_not():
-    history = History("GPT", ["a", "\x1b", "[", "2", "J", "\r", "\u202e", "[END]"])
-    assert "".join(text for text, _ in glyphs(history)) == "a␛[2J␍�"
+def test_corrections_are_seen_and_windows_of_a_long_text_appear_one_after_the_other():
+    history = recorded("llada", "", 24, steps=4, correct=1, correct_temperature=9.0)
+    assert len(history.start) == BLOCK_SIZE
+    replay, statuses = Replay(history), []
+    for step in range(1, len(history.frames) + 1):
+        statuses.append({cell.status for cell in replay.advance(step).cells})
+    assert len(replay.cells) == 24
+    assert any(Status.CORRECTED in now for now in statuses)
+    assert Status.CORRECTED not in set().union(*statuses[:4])
+    whole = Replay(history, whole=True).advance()
+    assert {cell.status for cell in whole.cells} == {Status.SETTLED}  # nothing is new in a finished text
 
 
-def test_a_line_break_is_marked_when_it_is_written_and_adds_no_line_at_the_edge():
-    history = written_history("ab\n")
-    assert glyphs(history)[-1][0] == NEWLINE + "\n"
-    assert glyphs(history, settled=True)[-1][0] == "\n"
-    assert [len(wrapped(glyphs(history), width)[0]) for width in (2, 3)] == [2, 2]
-
-
-def test_lines_fit_the_width_and_keep_every_character():
+# ------------------------------------------------------------------------------------------------- lines
+@pytest.mark.parametrize("width", [2, 5, 13, 80])
+def test_lines_break_at_spaces_fit_the_width_and_keep_every_character(width):
     draw = torch.Generator().manual_seed(0)
-    for width in (2, 5, 13):
-        text = "".join("ab \n漢é"[i] for i in torch.randint(6, (200,), generator=draw).tolist())
-        lines, line_of = wrapped([(char, "") for char in text], width)
-        lines = ["".join(char for char, _ in line) for line in lines]
-        assert max(map(cell_len, lines)) <= width
-        assert "".join(lines) == text.replace("\n", "")
-        assert line_of == sorted(line_of)
-        assert line_of[-1] == len(lines) - 1
+    text = "".join("abc  \n漢é"[i] for i in torch.randint(8, (400,), generator=draw).tolist())
+    places = layout(text, width)
+    rows = ["".join(c for c, (r, _) in zip(text, places, strict=True) if r == row) for row in range(places[-1][0] + 1)]
+    assert "".join(rows) == text
+    for row, after in pairwise(rows):
+        assert cell_len(row.rstrip(" \n")) <= width
+        inside_a_word = row[-1] not in " \n" and after[0] not in " \n"
+        word = re.match(r"[^ \n]*", after)[0]
+        if row[-1] != "\n" and word and not inside_a_word:
+            assert cell_len(row + word) > width  # no line ends too early
+        assert not inside_a_word or cell_len(re.search(r"[^ \n]*$", row)[0] + word) > width  # only longer words break
 
 
-def test_the_latest_change_is_on_the_screen_and_the_text_moves_as_little_as_needed():
-    history = History("LLaDA", [None] * 100)
-    scroller, tops = Scroller(), []
-    for step, position in enumerate((99, 55, 49, 0), 1):
-        history.add(Frame({position: Cell("x", step, 0.5)}, step, 0.0))
-        lines = plain(scroller.lines(history, width=10, height=5))
-        assert len(lines) == 5
-        assert lines[position // 10 - scroller.top][position % 10] == "x"
-        tops.append(scroller.top)
-    assert tops == [5, 5, 4, 0]
-    assert scroller.part == "lines 1-5 of 10"
+@pytest.mark.parametrize("masked", [True, False])
+def test_lines_break_where_those_of_the_finished_text_do(masked):
+    replay = Replay(written_history("the king is dead and gone", masked=masked), whole=True)
+    seen = [texts_of(replay.advance(step), 10) for step in range(26)]
+    assert seen[-1] == ["the king", "is dead", "and gone"]
+    assert seen[5] == (["the k░░░░", "░░░░░░░░", "░░░░░░░░"] if masked else ["the k", "", ""])
+    assert {len(lines) for lines in seen} == {3}
+
+
+def test_control_characters_are_shown_and_line_breaks_when_they_are_written():
+    history = History("GPT", ["a", "\x1b", "[", "2", "J", "\r", "\u202e", "[END]"])
+    assert texts_of(Replay(history)) == ["a␛[2J␍�"]
+    history = written_history("ab\n")
+    assert texts_of(Replay(history).advance()) == ["ab↵"]
+    assert texts_of(Replay(history, whole=True).advance()) == ["ab"]
+    long = written_history("a\x1b[1m\n" * 500)
+    assert re.fullmatch(r"3000 ….*a␛\[1m↵", plain_line(Replay(long).advance()))
+    assert len(plain_line(Replay(long).advance())) < 420
+
+
+def test_every_status_has_a_look_with_and_without_colours_and_probability_is_a_shade():
+    looks = {status: Style.parse(style_of(Run("a", status, 2))) for status in Status}
+    assert len(set(looks.values())) == 5
+    assert len({looks[status].without_color for status in Status}) == 5
+    assert len({style_of(Run("a", Status.SETTLED, shade)) for shade in range(4)}) == 4
+    frames = [Frame(1, 0.0, {i: ("a", p) for i, p in enumerate((0.0, 0.3, 0.6, 0.9, 1.0))}, {})]
+    assert [cell.shade for cell in Replay(History("", [], frames)).advance().cells] == [0, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("size", [(80, 23), (60, 19), (40, 4)])
+def test_what_is_drawn_fits_the_screen_and_shows_the_last_lines(size):
+    replays = [Replay(written_history("ab c\n" * 100 + end), whole=True).advance() for end in "xy"]
+    for shown in ([replays[0]], replays):
+        lines = plain(side_by_side(shown, *size))
+        assert len(lines) == size[1]
+        assert max(map(len, lines)) <= size[0]
+        assert lines[0].startswith("GPT 50.10 s, 501 ")
+        assert [word.strip() for word in lines[-1].split("│")] == ["x", "y"][: len(shown)]
+    assert len(side_by_side(replays, 80)) == 102
 
 
 # ------------------------------------------------------------------------------------------------- one text
-@pytest.mark.parametrize(
-    ("length", "pause", "total"), [(16, PAUSE, 16 * PAUSE), (300, PAUSE, PAUSES * PAUSE), (9, 0, 0)]
-)
-@pytest.mark.parametrize("known", [True, False])
-def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, length, pause, total, known):
-    text = "a" * length
-    with View(pause, steps=length if known else None) as view:
-        view.screen = FakeScreen()
-        whole = written_history(text)
-        if not known:
-            whole.start = [None] * length
-        history, times = History("LLaDA", whole.start), []
-        for frame in whole.frames:
-            history.add(frame)
-            view.show(history)
-            times.append(clock[0])
-        view.finish(text)
-    assert view.screen.left == [text]
-    assert clock[0] == pytest.approx(total, rel=0.02)
-    assert times[length // 2] == pytest.approx(total / 2, abs=pause + 0.02 * total)  # evenly
+class FakeScreen(Screen):
+    """Keeps what is drawn."""
+
+    def __init__(self):
+        self.shown, self.left, self.console = [], None, views
+        views.width = 80
+
+    def draw(self, replays, now=0.0) -> None:
+        self.shown.append(plain(side_by_side(replays, 80, 23, now)))
+
+    def leave(self, lines) -> None:
+        self.left = plain(lines)
+
+    def close(self) -> None:
+        pass
 
 
-def test_a_view_changes_nothing_and_shows_the_windows_of_a_long_text():
-    model = random_model("llada")
-    template = prompt_template("abc", 40, model, TOKENIZER)[0]
-    expected = [state.texts[1].clone() for state in fill_masks(model, [template] * 2, generator=generator())]
-    seen, windows = [], []
-    with View(pause=0) as view:
-        view.show = lambda history, window: (setattr(view, "history", history), windows.append(window))
-        for state in view.filling(fill_masks(model, [template] * 2, generator=generator()), template, TOKENIZER):
-            seen.append(state.texts[1].clone())
-    assert all(map(torch.equal, seen, expected))
-    starts = window_starts(len(template), BLOCK_SIZE, BLOCK_SIZE // 2)
-    assert windows[0] is None
-    assert list(dict.fromkeys(window.start for window in windows[1:])) == starts
-    assert {len(window) for window in windows[1:]} == {BLOCK_SIZE}
-    assert [cell.token for cell in view.history.cells] == list(TOKENIZER.decode(state.texts[0]))
-
-
-def test_decoding_passes_all_columns_on_even_if_the_first_text_ends(capsys):
-    model = random_model("gpt")
-    prompts = [prompt_ids(model, TOKENIZER, prompt) for prompt in ("ab", "c")]
-
-    def columns():
-        for n, column in enumerate(decode(model, prompts, max_out_tokens=9, generator=generator())):
-            column = column.clone()
-            column[0] = (4 + n, END_ID, PAD_ID)[min(n, 2)]
-            yield column
-
-    with View(pause=0) as view:
-        seen = list(view.decoding(columns(), model, prompts[0], TOKENIZER))
-    assert all(map(torch.equal, seen, columns()))
-    assert [cell.token for cell in view.history.cells] == ["a", "b", "\n", "[END]"]
-    assert capsys.readouterr().err == "   1 ab⏎\n   2 ab⏎\n"
-
-
-def test_lines_that_are_not_on_a_terminal_are_plain_and_bounded(capsys):
-    history = written_history("a\x1b[1m\n" * 500)
-    with View() as view:
+@pytest.mark.parametrize(("length", "pause", "total"), [(16, PAUSE, 16 * PAUSE), (600, 0.1, 5.0), (9, 0, 0)])
+def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, length, pause, total):
+    whole, times, view = written_history("a" * length), [], View(pause)
+    history, view.screen = History("LLaDA", whole.start), FakeScreen()
+    for frame in whole.frames:
+        history.frames.append(frame)
         view.show(history)
-        view.finish("never printed")
-    line, rest = capsys.readouterr().err.split("\n")
-    assert not rest
-    assert line.startswith("2999 …") or line.startswith("3000 …")
-    assert line.endswith("a␛[1m⏎")
-    assert len(line) < 420
-    assert not text_stands()
+        times.append(clock[0])
+    view.finish()
+    assert "".join(view.screen.left) == "a" * length
+    assert clock[0] == pytest.approx(total, rel=0.02)
+    pauses = [b - a for a, b in pairwise(times)]
+    assert all(b <= a + 1e-9 for a, b in pairwise(pauses))  # ever faster
 
 
-@pytest.mark.parametrize("size", [(80, 23), (40, 19), (12, 4)])
-def test_the_view_fits_the_screen(size):
-    view = View()
-    view.history = written_history("ab c\n" * 100)
-    for _ in range(2):  # the second drawing says which lines are shown
-        lines = view.lines(*size, window=None)
-        assert len(lines) <= size[1]
-        assert max(len(line.plain) for line in lines) <= size[0] or size[0] < 20
-    assert any(line.plain.startswith("step 500") for line in lines)
-
-
-# ------------------------------------------------------------------------------------------------- the terminal
-def test_the_finished_text_stands_once_at_the_end_of_the_terminal(terminal):
-    model = random_model("llada")
-    template = prompt_template("a\x1bb\n", 60, model, TOKENIZER)[0]
-    with terminal() as output:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_finished_text_stands_once_at_the_end_of_the_terminal(terminal, name):
+    with terminal() as output, closing(View(pause=0.01)) as view:
         assert text_stands()
-        with View(pause=0.01) as view:
-            *_, state = view.filling(fill_masks(model, [template], generator=generator()), template, TOKENIZER)
-    shown = output().rpartition("\x1b[2K")[2]  # after the view was erased
-    assert without_styles(shown) == TOKENIZER.decode(state.texts[0]).replace("\x1b", "␛") + "\n"
-    assert re.search(r"step \d+ · \d+ evaluations · ", output())
+        history = recorded(name, "a\x1bb\n", 60, view)
+        view.finish()
+    text = "".join(cell.text for cell in Replay(history).advance().cells)
+    shown = without_styles(output().rpartition("\x1b[2K")[2])  # after the view was erased
+    assert "".join(shown.split()) == "".join(text.split())
+    assert re.search(name + r" 0\.\d\d s, \d+ evaluations? ", output())
 
 
-def test_a_pipe_gets_the_text_from_the_caller_while_the_terminal_keeps_it_too(terminal, capsys):
-    with terminal() as output, redirect_stdout(StringIO()), View(pause=0) as view:
+def test_where_the_text_goes(terminal, monkeypatch, capsys):
+    """A pipe gets it from the caller while the terminal keeps it too; a dumb terminal gets plain lines."""
+    with terminal() as output, redirect_stdout(StringIO()), closing(View(pause=0)) as view:
         assert not text_stands()
         view.show(written_history("abc"))
-        view.finish("abc")
+        view.finish()
     assert without_styles(output()).endswith("abc\n")
-
-
-def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    with terminal() as output, View() as view:
+    with terminal() as output, closing(View()) as view:
         view.show(written_history("ab\nc"))
-        view.finish("ab\nc")
+        view.finish()
         assert not text_stands()
-    assert output() == "   4 ab⏎c\n"
+    assert output() == "   4 ab↵c\n"
 
 
-def test_without_colour_the_weights_stay(terminal, monkeypatch):
+def test_without_colour_the_weights_stay_and_an_interrupted_view_gives_the_cursor_back(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    with terminal() as output, View(pause=0) as view:
-        view.show(written_history("abc"))
-    assert "\x1b[1;7mc\x1b[0m" in output()
-    assert "38;5" not in output()
-
-
-def test_an_interrupted_view_gives_the_cursor_back(terminal):
-    with terminal() as output, suppress(KeyboardInterrupt), View(pause=0) as view:
+    with terminal() as output, suppress(KeyboardInterrupt), closing(View(pause=0)) as view:
         view.show(written_history("abc"))
         raise KeyboardInterrupt
+    assert "\x1b[1;7mc\x1b[0m" in output()
+    assert "38;5" not in output()
     assert output().rfind("\x1b[?25h") > output().rfind("\x1b[?25l")
 
 
-# ------------------------------------------------------------------------------------------------- the race
-def test_each_model_runs_alone_after_a_warm_up(capsys):
-    events = []
-
-    def run(label):
-        for step in range(6):
-            events.append((label, step))
-            yield written_history("a" * step, label)
-
-    histories = race.race([lambda: run("LLaDA"), lambda: run("GPT")])
-    for label, start in (("LLaDA", 0), ("GPT", 10)):
-        assert events[start : start + 10] == [(label, step) for step in (0, 1, 2, 3, 0, 1, 2, 3, 4, 5)]
-    assert [history.label for history in histories] == ["LLaDA", "GPT"]
-    *_, last = capsys.readouterr().err.splitlines()
-    assert last == "GPT: 5 characters in 0.50 s, 10 characters/s, 5 network evaluations"
+# ------------------------------------------------------------------------------------------------- race and animation
+def test_a_race_keeps_the_common_clock(clock, monkeypatch):
+    screen = FakeScreen()
+    monkeypatch.setattr(views, "Screen", lambda: screen)
+    monkeypatch.setattr(views, "is_screen", lambda: True)
+    views.race([written_history("ab", "LLaDA", seconds=0.1), written_history("xyz" * 5, "GPT", seconds=0.1)])
+    assert clock[0] == pytest.approx(views.REPLAY_SECONDS, abs=0.1)
+    middle, end = ("\n".join(lines) for lines in (screen.shown[len(screen.shown) // 2], screen.left))
+    assert "LLaDA 0.20 s, 2 evaluations" in middle
+    assert re.search(r"GPT 0.7\d s, 7 evaluations", middle)
+    assert all(word in end for word in ("ab", "xyz" * 5, "GPT 1.50 s, 15 "))
 
 
-@pytest.mark.parametrize("size", [(80, 23), (60, 20), (40, 12)])
-def test_a_replay_keeps_the_common_clock_and_ends_with_both_texts(clock, size):
-    histories = [written_history("ab", "LLaDA", seconds=0.1), written_history("xyz" * 5, "GPT", seconds=0.1)]
-    fake = FakeScreen()
-    fake.size = size
-    race.replay(fake, histories, [0, 0])
-    assert clock[0] == pytest.approx(1.5 * race.slowdown(1.5), abs=0.1)
-    assert clock[0] <= race.REPLAY_SECONDS + 0.1
-    for lines in fake.drawn:
-        assert len(lines) <= size[1]
-        assert max(map(len, lines)) <= size[0]
-    middle = "\n".join(fake.drawn[len(fake.drawn) // 2])
-    assert "LLaDA ✓ · 0.20 s · 2 " in middle
-    assert re.search(r"GPT · 0.7\d s · 7 ", middle)
-    assert "times slower" in middle
-    assert "each measured alone" in middle
-    end = "\n".join(plain(race.finished(histories, [0, 0], size[0])))
-    assert all(word in end for word in ("ab", "xyz" * 5, "GPT ✓ · 1.50 s · 15 "))
-
-
-def test_a_race_on_a_terminal_leaves_both_texts(terminal, monkeypatch):
-    monkeypatch.setattr(race, "REPLAY_SECONDS", 0.3)
-    model = random_model("llada")
-    template = prompt_template("ab", 20, model, TOKENIZER)[0]
-
-    def run(label):
-        return record_filling(fill_masks(model, [template], generator=generator()), template, TOKENIZER, label)
-
+def test_a_race_on_a_terminal_leaves_both_texts(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(views, "REPLAY_SECONDS", 0.3)
+    histories = [written_history("ab cd", label, masked=True) for label in "AB"]
     with terminal() as output:
-        histories = race.race([lambda: run("A"), lambda: run("B")])
+        views.race(histories)
     shown = without_styles(output().rpartition("\x1b[2K")[2])
-    assert histories[0].cells == histories[1].cells
-    assert shown.count("".join(cell.token for cell in histories[0].cells).replace("\x1b", "␛")) == 2
-    assert shown.replace("\n", " ").count("20 characters in") == 2
+    assert shown.count("ab cd") == 2
+    views.race(histories)
+    assert capsys.readouterr().err == ""  # elsewhere there is nothing to see
 
 
-def test_masks_left_over_are_shown_as_such():
-    history = History("LLaDA", ["a", None, None])
-    history.add(Frame({1: Cell(None, 1)}, 1, 0.0))
-    assert [text for text, _ in glyphs(history, window=range(2))] == ["a", screen.REMASKED, screen.OTHER_MASK]
-    assert MASK_ID not in TOKENIZER.encode("a")
+def test_an_animation_shows_one_text_in_equal_steps_and_a_race_on_its_clock(tmp_path):
+    slow, fast = written_history("abcd", seconds=0.4), written_history("abcd", seconds=0.1)
+    seconds, steps = zip(*moments([slow]), strict=True)
+    assert steps == ([0], [1], [2], [3], [4])
+    assert max(seconds[1:-1]) == pytest.approx(min(seconds[1:-1]), abs=0.07)
+    at = [now for _, now in moments([slow, fast])]
+    assert (at[0], [1, 4] in at, at[-1]) == ([0, 0], True, [4, 4])
+    write_gif(tmp_path / "a.gif", [slow, fast])
+    assert Image.open(tmp_path / "a.gif").n_frames == len(at)
