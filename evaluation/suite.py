@@ -1,240 +1,178 @@
-"""The evaluation: which checkpoints and text, and what is measured, in stages. The result is metrics.json."""
+"""The evaluation: which checkpoints, and what is measured, in stages. The result is metrics.json: plain values.
 
+Losses are in nats/char. Of subwords they are upper bounds: a text has other segmentations, which are not scored.
+Letters: N windows, T positions.
+"""
+
+import json
+import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import data
 from checkpoint import Checkpoint, load_checkpoint
-from data import Corpus, Rows, validation_rows
-from evaluation.likelihoods import (
-    curve_half_widths,
-    likelihood_figures,
-    loss_by_character,
-    loss_by_position,
-    paired_difference,
-    position_half_widths,
-)
-from evaluation.policies import compare_policies, compare_schedules
-from evaluation.samples import SampleMetrics, continue_prompts, measure_infilling, measure_samples, validation_prompts
-from evaluation.settings import QUICK, EvaluationSettings
-from likelihood import Likelihood, monotone
+from data import Corpus
+from evaluation.metrics import text_metrics, words
+from evaluation.samplers import sampler_likelihood, samplers_of, write_texts, writers_of
+from likelihood import Likelihood, half_width95
 from model import MODELS
-from tokenizer import SimpleTokenizer
-from trainer import objective_for, scoring_batch_size
-from unmasking import STRIDE
-from utils.console import progress, say
-from utils.counter import EvaluationCounter
+from trainer import objective_of, scoring_batch_size
+from utils.console import say, track
 
-MOST_READ = 1 << 23  # characters of a large text that are read for its words, n-grams and prompts
-TRAIN_PAIRS = 2  # of masks for each window of the training text
-SPANS = (1, 4, 16)  # characters to infill
-PROMPTS = 3
+MOST_READ = 1 << 21  # characters of the training text that are read for its words and for copies
+WINDOWS, PAIRS, FEW, TEXTS = 8192, 8, 64, 32  # pairs of masks for each window; windows that all samplers score
+QUICK = 128, 2, 16, 8  # the same
 
 
-# ------------------------------------------------------------------------------------------------- what is evaluated
-def select_checkpoints(paths: list[str], device: str) -> dict[str, Checkpoint]:
+def select_checkpoints(paths: list[Path], device: str) -> dict[str, Checkpoint]:
     """The checkpoints by model name, LLaDA first. Raises ValueError if two are of one model, or of different texts."""
-    checkpoints: dict[str, Checkpoint] = {}
+    found: dict[str, Checkpoint] = {}
     for checkpoint in (load_checkpoint(path, device) for path in paths):
-        first = checkpoints.setdefault(checkpoint.model.name, checkpoint)
-        if first is not checkpoint:
-            raise ValueError(f"{first.path} and {checkpoint.path} are both {first.model.name}: give one of each")
-    first, *others = checkpoints.values()
-    for other in others:
-        for what, a, b in (
-            ("segments", first.model.config.segments, other.model.config.segments),
-            ("tokenizers", first.tokenizer.to_dict(), other.tokenizer.to_dict()),
-        ):
-            if a != b:
-                raise ValueError(f"{first.path} and {other.path} have different {what}: evaluate them one at a time")
-    for other in others:
-        if any(other.corpus[key] != first.corpus[key] for key in ("sha256", "val_fraction")):
-            texts = (
-                "{path} ({name}, SHA-256 {sha256:.8}, val fraction {val_fraction:g})".format(path=c.path, **c.corpus)
-                for c in (first, other)
-            )
-            raise ValueError(f"{' and '.join(texts)} were trained on different texts: evaluate them one at a time")
-    return {name: checkpoints[name] for name in MODELS if name in checkpoints}
-
-
-def load_same_corpus(checkpoint: Checkpoint, name: str | None) -> Corpus:
-    """The text the checkpoint was trained on. Raises ValueError if the text found is a different one."""
-    return data.load_same_corpus(checkpoint.corpus, checkpoint.model.config.segments, checkpoint.tokenizer, name)
-
-
-def describe_training(checkpoint: Checkpoint) -> dict:
-    """How a model was trained up to this checkpoint."""
-    last = checkpoint.history[-1] if checkpoint.history else {}
-    return {
-        "path": str(checkpoint.path),
-        "step": checkpoint.step,
-        "tokens": last.get("tokens"),
-        "seconds": last.get("seconds"),
-        "temperature": last.get("temperature"),
-        "settings": checkpoint.training.get("config", {}),
+        if same := found.get(checkpoint.model.name):
+            raise ValueError(f"{same.path} and {checkpoint.path} are both {same.model.name}: give one of each")
+        found[checkpoint.model.name] = checkpoint
+    kinds = {
+        (c.corpus["sha256"], c.corpus["val_fraction"], c.model.config.segments, json.dumps(c.tokenizer.to_dict()))
+        for c in found.values()
     }
+    if len(kinds) > 1:
+        files = " and ".join(str(checkpoint.path) for checkpoint in found.values())
+        raise ValueError(f"{files} have different texts, segments or tokenizers: evaluate one at a time")
+    return {name: found[name] for name in MODELS if name in found}
 
 
-def characters_per_window(rows: Rows) -> float:
-    """The mean number of characters in a row."""
-    return float(rows.characters.cpu().double().mean())
+def figures(result: Likelihood, is_exact: bool = True) -> dict:
+    """A likelihood's entry in metrics.json. is_exact: whether a text has no other tokens."""
+    nats, (low, high), is_bound = result.nats_per_char, result.ci95, result.is_bound or not is_exact
+    ci95 = [max(0.0, low), high] if math.isfinite(high) else None  # no loss is negative
+    figures = {"nats_per_char": nats, "ci95": ci95, "bits_per_char": nats / math.log(2), "perplexity": math.exp(nats)}
+    return figures | {"chars": int(result.characters.sum()), "is_bound": is_bound}
 
 
-# ------------------------------------------------------------------------------------------------- the evaluation
-class Stage(NamedTuple):
-    """A part of the evaluation. `windows`: about how many windows the networks read in it, to show progress."""
+def paired_difference(a: Likelihood, b: Likelihood) -> dict:
+    """nats/char of a minus b, of the same windows, with its 95 % interval; None for a single window.
 
-    name: str
-    measure: Callable[[], dict]
-    windows: int
+    Pairing removes how hard each window is, so the interval is narrower than those of a and b.
+    """
+    nats = a.window_nats - b.window_nats
+    mean, half = float(nats.sum() / a.characters.sum()), half_width95(nats, a.characters)
+    return {"nats_per_char": mean, "ci95": [mean - half, mean + half] if math.isfinite(half) else None}
+
+
+def embedding_map(weight: Tensor) -> dict:
+    """Embeddings (n, C) in their two principal components, and the share of the variance of each."""
+    x = weight.detach().cpu().double()
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    return {"xy": (u * s)[:, :2].tolist(), "shares": (s.square() / s.square().sum())[:2].tolist()}
 
 
 class Evaluation:
-    """The models on their text. Each method measures one thing and returns its entries of metrics.json."""
+    """The models on their text. Each stage measures one thing and returns its entries of metrics.json."""
 
-    def __init__(self, checkpoints: dict[str, Checkpoint], corpus: Corpus, settings: EvaluationSettings, seed: int):
+    def __init__(self, checkpoints: dict[str, Checkpoint], corpus: Corpus, quick: bool = False, seed: int = 0):
         first = next(iter(checkpoints.values()))
-        self.checkpoints, self.corpus, self.settings, self.seed = checkpoints, corpus, settings, seed
+        self.checkpoints, self.corpus, self.quick, self.seed = checkpoints, corpus, quick, seed
         self.models = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
-        self.llada, self.tokenizer, self.device = self.models.get("llada"), first.tokenizer, first.model.device
-        self.T = min(model.config.block_size for model in self.models.values())
-        self.segments = first.model.config.segments
-        self.train, self.val = corpus.split(first.corpus["val_fraction"])
-        self.rows = self.spaced_rows(self.val, settings.windows)
-        self.train_rows = self.spaced_rows(self.train, settings.train_windows)
-        self.results: dict[str, Likelihood] = {}
+        self.tokenizer, self.segments = first.tokenizer, first.model.config.segments
+        windows, self.pairs, self.few, self.count = QUICK if quick else (WINDOWS, PAIRS, FEW, TEXTS)
+        T = min(model.config.block_size for model in self.models.values())
+        self.train, val = corpus.split(first.corpus["val_fraction"])
+        self.rows = corpus.validation_rows(val, T, self.segments, windows * T)
+        self.N, self.T = self.rows[0].tokens.shape
+        self.results: dict[str, Likelihood] = {}  # of the objectives: exact, or an upper bound
 
-    def spaced_rows(self, part: Tensor | list, limit: int) -> list[Rows]:
-        """At most `limit` rows, evenly spaced; if the text has no more, all of them and the short last window."""
-        batches = validation_rows(part, self.tokenizer, self.T, self.segments, limit * self.T)
-        return [rows.to(self.device) for rows in batches]
-
-    def left_out(self) -> dict[str, str]:
-        """The stages that say nothing right about these models, and why."""
-        if self.segments != "window":
-            why = f"rows of {self.segments} differ in length"
-            return dict.fromkeys(("masking curve", "positions", "policies", "sample metrics", "infilling"), why)
-        if not isinstance(self.tokenizer, SimpleTokenizer):
-            why = "a subword stands for several characters"
-            return dict.fromkeys(("positions", "characters", "sample metrics", "infilling"), why)
-        return {}
-
-    def some_windows(self, limit: int) -> Tensor:
-        """At most `limit` of the full validation windows, evenly spaced: (N, T)."""
-        windows = self.rows[0].tokens
-        return windows[torch.linspace(0, len(windows) - 1, min(limit, len(windows))).long()]
-
-    def score(self, batches: list[Rows], pairs: int) -> dict[str, Likelihood]:
-        """The likelihood of the same rows under each model."""
-        settings = {"pairs": pairs, "seed": self.seed}
-        return {
-            name: objective_for(model).likelihood(model, batches, batch_size=scoring_batch_size(model), **settings)
-            for name, model in self.models.items()
-        }
+    def some(self, limit: int) -> Tensor:
+        """The indices of at most `limit` of the N windows, evenly spaced."""
+        return torch.linspace(0, self.N - 1, min(limit, self.N)).long()
 
     def figures(self, results: dict[str, Likelihood]) -> dict[str, dict]:
-        """Each model's entry in metrics.json."""
-        return {name: likelihood_figures(r, self.models[name], self.tokenizer) for name, r in results.items()}
+        """Results by model as entries of metrics.json."""
+        return {name: figures(result, self.tokenizer.is_exact) for name, result in results.items()}
 
     def likelihood(self) -> dict:
-        """Figures of the validation text, the masking curve, loss by position and by character."""
-        self.results = self.score(self.rows, self.settings.pairs)
+        """The loss of each model's objective; of windows also LLaDA's masking curve, and the loss by position."""
+        for name, model in track(self.models.items(), "score"):
+            settings = {"pairs": self.pairs, "seed": self.seed, "batch_size": scoring_batch_size(model)}
+            rows = [part.to(model.device) for part in self.rows]
+            self.results[name] = objective_of(model).likelihood(model, rows, **settings)
         entries = {"models": self.figures(self.results)}
-        if len(self.results) == 2:
-            entries["difference"] = paired_difference(self.results["llada"], self.results["gpt"])
-        left_out = self.left_out()
-        if self.llada is not None and "masking curve" not in left_out:
-            scale = self.T / characters_per_window(self.rows[0])  # from tokens to characters
-            curve = scale * self.results["llada"].curve
-            entries["masking_curve"], entries["masking_curve_fit"] = curve[1:].tolist(), monotone(curve)[1:].tolist()
-            entries["masking_curve_half_widths"] = curve_half_widths(self.results["llada"], scale)
-        if "positions" not in left_out:
-            entries["positions"] = loss_by_position(self.results, self.rows[0])
-            entries["position_half_widths"] = position_half_widths(self.results, self.rows[0])
-        if "characters" not in left_out:
-            entries["characters"] = loss_by_character(self.results, self.rows, self.tokenizer)
+        if self.segments == "window":
+            scale = self.T / float(self.rows[0].characters.double().mean())
+            windows = {name: scale * result.token_nats[: self.N, : self.T] for name, result in self.results.items()}
+            entries["positions"] = {name: nats.mean(0).tolist() for name, nats in windows.items()}
+            bounds = {name: result for name, result in self.results.items() if result.draws is not None}
+            entries["masking_curve"] = {name: (scale * result.curve[1:]).tolist() for name, result in bounds.items()}
         return entries
 
-    def training_text(self) -> dict:
-        """The same figures on windows of the training text, to see overfitting."""
-        results = self.score(self.train_rows, TRAIN_PAIRS)
-        return {"training_text": self.figures(results)}
+    def samplers(self) -> dict:
+        """The loss of each sampler against its network evaluations, and its difference to the first, a default one.
 
-    def policies(self) -> dict:
-        """LLaDA's loss against network evaluations, by schedule and by policy."""
-        if self.llada is None:
+        Default samplers are scored on all windows. The loss of another is that of the first one on all windows, plus
+        the paired difference on those that it has scored.
+        """
+        if self.segments != "window":  # rows differ in length
+            return {"written": {}}
+        rows, written, characters = [], {}, torch.cat([part.characters for part in self.rows])
+
+        def add(name: str, label: str, result: Likelihood, nfe: float, reference: Likelihood) -> None:
+            gap, is_bound = paired_difference(result, reference), result.is_bound or not self.tokenizer.is_exact
+            level = {"nats_per_char": first.nats_per_char + gap["nats_per_char"], "is_bound": is_bound}
+            rows.append({"model": name, "sampler": label, "nfe": nfe, "difference": gap} | level)
+
+        full, chosen = self.rows[0], self.some(self.few)
+        for name, model in self.models.items():
+            (label, default), *others = samplers_of(model, self.T, self.quick).items()
+            parts, nfe = zip(*(sampler_likelihood(model, p.tokens, default, self.seed) for p in self.rows), strict=True)
+            written[name] = Likelihood.join(list(parts)).per(characters)
+            first = next(iter(written.values()))
+            add(name, label, written[name], nfe[0], first)
+            few = Likelihood.from_token_nats([first.token_nats[chosen]]).per(full.characters[chosen])
+            for label, config in track(others, f"samplers of {name}"):
+                result, nfe = sampler_likelihood(model, full.tokens[chosen], config, self.seed)
+                add(name, label, result.per(few.characters), nfe, few)
+            if self.results[name].is_bound:
+                add(name, f"random, {self.T} steps", self.results[name], self.T, first)
+        return {"samplers": rows, "written": self.figures(written)}
+
+    def texts(self) -> dict:
+        """Real words, variety and copies of texts without a prompt, and of as much validation text; a text of each."""
+        source, real = self.tokenizer.decode(self.train[:MOST_READ]), self.rows[0].tokens[self.some(self.count)]
+        vocabulary, rows = set(words(f" {source} ")), []
+
+        def measure(ids: Tensor, name: str | None, writer: str, **about) -> None:
+            texts = list(map(self.tokenizer.decode, ids))
+            metrics = text_metrics(texts, vocabulary, source)
+            rows.append({"model": name, "writer": writer, "text": texts[0]} | metrics | about)
+
+        measure(real, None, "validation text")
+        for name, model in self.models.items():
+            for label, config in track(writers_of(model, self.quick).items(), f"{name} writes"):
+                start = time.perf_counter()
+                ids, nfe = write_texts(model, *real.shape, config, self.seed)
+                milliseconds = 1000 * (time.perf_counter() - start) / len(real)
+                measure(ids, name, label, temperature=config.temperature, nfe=nfe, milliseconds=milliseconds)
+        return {"texts": rows, "texts_of_a_kind": len(real)}
+
+    def embeddings(self) -> dict:
+        """The embeddings of the characters in two dimensions; none of subwords."""
+        if not self.tokenizer.is_exact:
             return {}
-        bound, policies, limit = self.results["llada"], self.settings.policies(self.T), self.settings.policy_windows
-        rows = compare_policies(self.llada, self.rows[0], limit, policies, bound, self.seed)
-        if not isinstance(self.tokenizer, SimpleTokenizer):  # the text has other segmentations, which are not scored
-            rows = [row | {"is_bound": True} for row in rows]
-        schedules = compare_schedules(bound, characters_per_window(self.rows[0]))
-        return {"schedules": schedules, "policies": rows}
-
-    def sample_metrics(self) -> dict:
-        """Metrics of samples, and of as much validation text."""
-        settings = self.settings
-        texts = [self.tokenizer.decode(row.cpu()) for row in self.some_windows(settings.samples)]
-        metrics = SampleMetrics(self.models, self.tokenizer, self.train, MOST_READ)
-        kinds = settings.sample_kinds(self.T)
-        rows = measure_samples(metrics, texts, self.T, settings.samples, settings.temperatures, kinds, self.seed)
-        return {"sample_metrics": rows, "words_from": min(MOST_READ, len(self.train))}
-
-    def samples(self) -> dict:
-        """Continuations of lines of the validation text; of pairs, completions of their prompts."""
-        if self.segments == "pairs":
-            chosen = torch.linspace(0, len(self.val) - 1, min(PROMPTS, len(self.val))).long().tolist()
-            prompts = [self.val[i].prompt for i in chosen]
-        else:
-            text = self.tokenizer.decode(self.val[:MOST_READ].numpy())
-            prompts = validation_prompts(text, PROMPTS, max(1, self.T // 4))
-        return {"samples": continue_prompts(self.models, self.tokenizer, prompts, self.T, self.seed)}
-
-    def infilling(self) -> dict:
-        """Accuracy on spans of the validation text."""
-        windows = self.some_windows(self.settings.infillings)
-        return {"infilling": measure_infilling(self.models, windows, [span for span in SPANS if span < self.T])}
-
-    def stages(self) -> list[Stage]:
-        """All stages, in order."""
-        settings, T, n = self.settings, self.T, len(self.models)
-        full, train = len(self.rows[0].tokens), len(self.train_rows[0].tokens)
-        policy_steps = sum(policy.steps for policy in settings.policies(T))
-        sample_steps = sum(kind["steps"] + STRIDE + n for kind in settings.sample_kinds(T)) + 2 * n
-        stages = [
-            Stage("likelihood", self.likelihood, full * (2 * settings.pairs + n)),
-            Stage("training text", self.training_text, train * (2 * TRAIN_PAIRS + n)),
-            Stage("policies", self.policies, policy_steps * min(settings.policy_windows, full)),
-            Stage("sample metrics", self.sample_metrics, settings.samples * sample_steps * len(settings.temperatures)),
-            Stage("samples", self.samples, PROMPTS * (T + STRIDE)),
-            Stage("infilling", self.infilling, settings.infillings * (sum(SPANS) + n)),
-        ]
-        return [stage for stage in stages if stage.name not in self.left_out()]
+        characters = self.tokenizer.characters
+        weights = {name: model.encoder.embedding.weight[-len(characters) :] for name, model in self.models.items()}
+        return {"embeddings": {name: embedding_map(x) for name, x in weights.items()}, "characters": characters}
 
     def run(self) -> dict:
-        """The contents of metrics.json. Each stage shows its progress, and afterwards a line with its time."""
+        """The contents of metrics.json. Each stage ends with a line that has its time."""
+        known, runs = next(iter(self.checkpoints.values())).corpus, self.checkpoints.items()
         metrics = {
-            "corpus": self.checkpoints[next(iter(self.models))].corpus | {"characters": self.corpus.characters},
-            "window": self.T,
-            "segments": self.segments,
-            "left_out": self.left_out(),
-            "quick": self.settings is QUICK,
-            "history": {name: checkpoint.history for name, checkpoint in self.checkpoints.items()},
-            "training": {name: describe_training(checkpoint) for name, checkpoint in self.checkpoints.items()},
+            **{"corpus": known | {"characters": self.corpus.characters}, "window": self.T, "quick": self.quick},
+            "training": {name: {"checkpoint": str(c.path)} | c.training.get("config", {}) for name, c in runs},
+            "history": {name: c.history for name, c in runs},
         }
-        for name, why in self.left_out().items():
-            say(f"{name}: left out, {why}")
-        began = time.monotonic()
-        for stage in self.stages():
+        for stage in (self.likelihood, self.samplers, self.texts, self.embeddings):
             start = time.monotonic()
-            with (
-                progress(stage.windows * self.T, stage.name) as update,
-                EvaluationCounter(*self.models.values(), update=update),
-            ):
-                metrics |= stage.measure()
-            say(f"{stage.name}: {time.monotonic() - start:.0f} s")
-        return metrics | {"seconds": time.monotonic() - began}
+            metrics |= stage()
+            say(f"{stage.__name__}: {time.monotonic() - start:.0f} s")
+        return metrics

@@ -1,46 +1,43 @@
-"""The evaluate command on tiny checkpoints, end to end; bad input; comparisons of likelihoods, schedules, policies."""
+"""The evaluate command on tiny checkpoints, end to end; bad input; figures by hand; the report; texts."""
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from toy import MASK, TablePredictor, all_strings
 
 import evaluate
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from data import Rows, load_corpus
-from evaluation.likelihoods import compare_estimators, mean_and_interval, paired_difference
-from evaluation.plots import PICTURES
-from evaluation.policies import compare_policies, compare_schedules
-from evaluation.report import report_text
-from evaluation.settings import FULL, QUICK, EvaluationSettings
-from evaluation.suite import Evaluation, select_checkpoints
-from generation.infilling import mask_predictor
-from likelihood import Likelihood, likelihood_bound, policy_likelihood, student_t
-from model import MODELS, ModelConfig
+from config import ModelConfig, TrainConfig
+from data import load_corpus
+from evaluation import suite
+from evaluation.plots import PICTURES, group_of
+from evaluation.report import print_report, report_text, table
+from evaluation.samplers import sampler_likelihood, samplers_of
+from evaluation.suite import Evaluation, embedding_map, figures, paired_difference, select_checkpoints
+from evaluation.texts import score_text
+from likelihood import Likelihood, half_width95, likelihood_bound, student_t
+from model import MODELS
+from sampler import has_exact_likelihood
 from tokenizer import MASK_ID, START_ID
-from trainer import TrainConfig
-from unmasking import UnmaskingPolicy
 from utils import console
-from utils.counter import EvaluationCounter
-from utils.errors import ArgumentError
 
 ROOT = Path(__file__).parent.parent
 T = 16
 LINES = ["to be, or not to be: that is the question.", "whether 'tis nobler to suffer?", "to die! to sleep;"]
 
 
-def command(folder: Path, *arguments) -> subprocess.CompletedProcess:
-    """The real command, in a process of its own."""
-    words = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=900)
+def run_main(monkeypatch, folder: Path, *arguments: str) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    monkeypatch.setattr(suite, "QUICK", (24, 2, 4, 2))
+    console.run_program(evaluate.main)
 
 
 @pytest.fixture
@@ -48,10 +45,8 @@ def refusal(monkeypatch, capsys):
     """The program's one line of standard error when it ends with exit code 2."""
 
     def refuse(folder: Path, *arguments) -> str:
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
         with pytest.raises(SystemExit) as stop:
-            console.run_program(evaluate.main)
+            run_main(monkeypatch, folder, *arguments)
         out, err = capsys.readouterr()
         assert stop.value.code == 2
         assert not out
@@ -63,7 +58,7 @@ def refusal(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with text.txt and the checkpoints of two untrained models on it, the last window 5 characters short."""
+    """A folder with text.txt and the checkpoints of two random models on it, the last window 5 characters short."""
     folder = tmp_path_factory.mktemp("runs")
     text = "".join(f"SPEAKER {i}:\n{LINES[i % 3]}\n\n" for i in range(100))
     (folder / "text.txt").write_text(text[: len(text) // (5 * T) * 5 * T - 5])
@@ -89,18 +84,16 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def metrics(runs) -> dict:
     """metrics.json of the real command, run where both checkpoints are under out/."""
-    result = command(runs, "--quick")
+    words = [sys.executable, str(ROOT / "evaluate.py"), "--quick"]
+    result = subprocess.run(words, cwd=runs, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["model", "llada", "gpt"]
-    assert lines[1].endswith("upper bound")
-    assert lines[2].endswith("exact")
+    assert result.stdout.startswith("Likelihood, on text that no model was trained on:\n| model ")
     return json.loads((runs / "out/report/metrics.json").read_text())
 
 
+# ------------------------------------------------------------------------------------------------- the figures
 def test_both_models_are_scored_on_every_character_of_the_validation_part(runs, metrics):
-    corpus = load_corpus(str(runs / "text.txt"))
-    val = corpus.split(0.2)[1].long()
+    val = load_corpus(str(runs / "text.txt")).split(0.2)[1].long()
     gpt, llada = (load_checkpoint(runs / "out" / name / "best.pt").model for name in ("gpt", "llada"))
     parts = [val[: len(val) // T * T].view(-1, T), val[len(val) // T * T :][None]]
     assert parts[1].numel() not in (0, T)
@@ -109,69 +102,146 @@ def test_both_models_are_scored_on_every_character_of_the_validation_part(runs, 
     assert entry["nats_per_char"] == pytest.approx(exact, rel=1e-6)
     assert entry["bits_per_char"] == pytest.approx(exact / math.log(2), rel=1e-6)
     assert entry["perplexity"] == pytest.approx(math.exp(exact), rel=1e-6)
-    assert not entry["is_bound"]
-    bound = likelihood_bound(llada, parts, MASK_ID, pairs=QUICK.pairs, generator=torch.Generator().manual_seed(0))
+    assert metrics["written"]["gpt"]["nats_per_char"] == pytest.approx(exact, rel=1e-6)
+    bound = likelihood_bound(llada, parts, MASK_ID, pairs=2, generator=torch.Generator().manual_seed(0))
     assert metrics["models"]["llada"]["nats_per_char"] == pytest.approx(bound.nats_per_char, rel=1e-6)
-    assert metrics["models"]["llada"]["is_bound"]
+    assert [m["is_bound"] for m in metrics["models"].values()] == [True, False]
+    assert not any(m["is_bound"] for m in metrics["written"].values())
     for m in metrics["models"].values():
         assert m["chars"] == len(val)
         assert m["ci95"][0] < m["nats_per_char"] < m["ci95"][1]
-        assert m["params"] == gpt.num_parameters() == llada.num_parameters()
+    gap = exact - metrics["written"]["llada"]["nats_per_char"]
+    [row] = [row for row in metrics["samplers"] if row["model"] == "gpt"]
+    assert row["difference"]["nats_per_char"] == pytest.approx(gap, rel=1e-5)
+    assert row["nats_per_char"] == pytest.approx(exact, rel=1e-6)
 
 
 def test_metrics_are_consistent(metrics):
-    """The curve, the schedules, the positions and the characters are all views of the same bound."""
-    curve, schedules = metrics["masking_curve"], metrics["schedules"]
-    bound = sum(curve) / T
-    assert len(curve) == T
-    for name, rows in schedules.items():
-        assert rows[0]["nfe"] == 1
-        assert rows[0]["nats_per_char"] == pytest.approx(curve[-1], rel=1e-2 if name == "optimal" else 1e-9)
-    assert schedules["uniform"][-1]["nats_per_char"] == pytest.approx(bound)
-    assert schedules["optimal"][-1]["nats_per_char"] == pytest.approx(bound)
+    """The curve and the positions are views of the same bound."""
+    bound = sum(metrics["masking_curve"]["llada"]) / T
+    assert len(metrics["masking_curve"]["llada"]) == T
     assert sum(metrics["positions"]["llada"]) / T == pytest.approx(bound)
-    for name, model in metrics["models"].items():
-        total = sum(entry[name] * entry["count"] for entry in metrics["characters"].values())
-        share = 1e-9 if name == "gpt" else 0.02  # the window estimates of the bound have a control variate, shares none
-        assert total == pytest.approx(model["nats_per_char"] * model["chars"], rel=share)
-    assert {row["order"] for row in metrics["policies"]} >= {"confidence", "sweep"}
-    assert all(1 <= row["nfe"] <= T for row in metrics["policies"])
-    assert all(row["is_bound"] == (row["order"] == "random") for row in metrics["policies"])
-    assert metrics["policies"][0]["difference"] == 0
-    assert metrics["policies"][-1]["nats_per_char"] == pytest.approx(bound, rel=0.02)  # without the short last window
-    assert {row["sampler"] for row in metrics["samples"]} >= {"default sampler (sweep)"}
-    assert all(len(row["prompt"] + row["text"]) <= T for row in metrics["samples"])
-    for row in metrics["sample_metrics"][1:]:
-        assert row["nfe"] == (T if row["source"] == "gpt" else row["steps"])
-    assert {entry["span"] for entry in metrics["infilling"]["llada"]} == {1, 4}  # 16 is the whole window
+    rows = metrics["samplers"]
+    assert {row["sampler"].split(",")[0] for row in rows} == {"sweep", "random", "confidence", "as trained"}
+    assert all(1 <= row["nfe"] <= T and row["is_bound"] == ("random" in row["sampler"]) for row in rows)
+    assert rows[0]["difference"]["nats_per_char"] == 0
+    last = next(row for row in rows if row["sampler"] == f"random, {T} steps")
+    assert last["nats_per_char"] == pytest.approx(bound, rel=0.02)  # without the short last window
+    assert metrics["texts"][0]["real_words"] > 0
+    assert all(row["nfe"] <= T + 4 * 8 for row in metrics["texts"][1:])
+    assert len(metrics["embeddings"]["gpt"]["xy"]) == len(metrics["characters"])
 
 
-def test_the_report_has_the_figures_the_training_and_the_pictures(runs, metrics):
+def test_samplers_are_compared_over_the_same_windows(runs):
+    """The rows of an evaluation by hand from `sampler_likelihood`."""
+    checkpoints = select_checkpoints([runs / "out/llada/best.pt"], "cpu")
+    evaluation = Evaluation(checkpoints, load_corpus(str(runs / "text.txt")), quick=True)
+    evaluation.likelihood()
+    rows = evaluation.samplers()["samplers"]
+    model, windows, chosen = evaluation.models["llada"], evaluation.rows[0].tokens, evaluation.some(evaluation.few)
+    configs = samplers_of(model, T, quick=True)
+    assert all(has_exact_likelihood(config) or config.order == "random" for config in configs.values())
+    default = next(iter(configs.values()))
+    level = rows[0]["nats_per_char"]
+    for row, config in list(zip(rows, configs.values(), strict=False))[1:]:
+        a, b = (sampler_likelihood(model, windows[chosen], c)[0] for c in (config, default))
+        difference = (a.window_nats - b.window_nats).sum() / (T * len(chosen))
+        assert row["difference"]["nats_per_char"] == pytest.approx(difference.item(), abs=1e-9)
+        assert row["nats_per_char"] == pytest.approx(level + difference.item(), abs=1e-9)
+
+
+def test_paired_difference_and_intervals_by_hand():
+    a = Likelihood.from_token_nats([torch.tensor([[2.0, 2.0], [3.0, 3.0]])])
+    b = Likelihood.from_token_nats([torch.tensor([[1.0, 1.0], [1.0, 1.0]])])
+    result = paired_difference(a, b)
+    assert result["nats_per_char"] == pytest.approx(1.5)
+    assert result["ci95"] == pytest.approx([1.5 - 12.706 * 0.5, 1.5 + 12.706 * 0.5])  # one degree of freedom
+    for freedom, exact in ((1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (15, 2.131), (63, 1.998)):
+        assert student_t(freedom) == pytest.approx(exact, rel=0.012)
+    values = torch.arange(1.0, 9.0)
+    assert half_width95(values, torch.ones(8)) == pytest.approx(2.365 * 6**0.5 / 8**0.5, rel=1e-3)  # variance 6
+    assert math.isinf(half_width95(values[:1], torch.ones(1)))
+    low = figures(Likelihood.from_token_nats([torch.tensor([[0.0], [0.0], [0.003]])]))
+    assert low["ci95"][0] == 0 < low["nats_per_char"] < low["ci95"][1]  # no loss is negative
+
+
+def test_the_embeddings_are_in_their_principal_components():
+    """Points on a line in 8 dimensions: one component holds all of the variance, and distances stay."""
+    x = torch.arange(5.0)[:, None] * torch.ones(8)
+    found = embedding_map(x)
+    assert found["shares"][0] == pytest.approx(1)
+    first = torch.tensor(found["xy"])[:, 0]
+    assert first.diff().abs().tolist() == pytest.approx([8**0.5] * 4)
+    assert [group_of(c) for c in "aB3, x"] == [
+        *("vowels", "capitals", "digits"), *("punctuation, blanks",) * 2, "consonants",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- the report
+def test_the_report_begins_with_its_results_and_ends_with_the_settings(runs, metrics):
     report = (runs / "out/report/report.md").read_text()
-    for name, m in metrics["models"].items():
-        assert f"{m['nats_per_char']:.4f}" in report, name
-        assert f"`out/{name}/best.pt`" in report
-    for words in ("| 1.250 |", "| `lr` | 0.0123 | 0.0123 |", "| steps done | 7 | 7 |", "default sampler (sweep), NFE"):
-        assert words in report
+    llada, gpt = (metrics["models"][name]["nats_per_char"] for name in MODELS)
+    exact = metrics["written"]["llada"]["nats_per_char"]
+    rows = [re.split(r" *\| *", line)[1:-1] for line in report.splitlines() if line.startswith("|")]
+    losses = {row[0]: (row[1], row[-1]) for row in rows if row[-1] in ("exact", "upper bound")}
+    assert losses["LLaDA"] == (f"{llada:.4f}", "upper bound")
+    assert losses["GPT"] == (f"{gpt:.4f}", "exact")
+    assert losses["LLaDA, by its sampler"] == (f"{exact:.4f}", "exact")
+    titles = re.findall(r"^## (.*)", report, re.M)
+    assert titles[0].startswith("Likelihood, on text that no model was trained on")
+    assert titles[1:] == ["Loss and network evaluations", "Texts", "Pictures", "Settings"]
+    assert report.partition("## Settings")[2].count('"lr": 0.0123') == 2
+    assert re.search(r"temperature \| real words \| variety", report)
+    assert re.search(r"\| LLaDA, default +\| +0.7 \|", report)
+    assert "nan" not in report.lower().split()
     for name in PICTURES:
         assert f"({name})" in report
         assert (runs / "out/report" / name).read_bytes().startswith(b"\x89PNG")
-    assert "nan" not in report.lower().split()
 
 
-def test_one_model_alone_and_few_windows(runs):
+def test_one_model_alone_and_few_windows(runs, capsys):
     """Either model by itself; a text so short that one full window is all there is."""
     for name in MODELS:
         checkpoints = select_checkpoints([runs / "out" / name / "best.pt"], "cpu")
         corpus = load_corpus(str(runs / "text.txt"))
         corpus.ids = corpus.ids[: 8 * T]
-        metrics = Evaluation(checkpoints, corpus, QUICK, seed=0).run()
-        assert json.dumps(metrics, allow_nan=False)
-        assert report_text(metrics)
-        assert list(metrics["models"]) == [name]
-        assert "difference" not in metrics
+        found = Evaluation(checkpoints, corpus, quick=True).run()
+        assert json.dumps(found, allow_nan=False)
+        assert report_text(found, {})
+        print_report(found)
+        assert list(found["models"]) == [name]
+        assert {row["model"] for row in found["samplers"]} == {name}
 
 
+def test_a_table_is_aligned_and_a_bar_in_a_cell_is_no_markup():
+    assert table(["a", "b"], [["x|y", "1"]]).splitlines() == ["| a    |   b |", "| ---  | --: |", "| x\\|y |   1 |"]
+
+
+# ------------------------------------------------------------------------------------------------- texts
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_of_a_text_is_the_sum_over_its_characters(runs, name):
+    checkpoint = load_checkpoint(runs / "out" / name / "best.pt")
+    text = LINES[0]
+    written, bound, nats = score_text(checkpoint, text)
+    assert sum(nats) / len(text) == pytest.approx(written.nats_per_char)
+    assert len(nats) == len(text) == int(written.characters.sum())
+    assert bound.is_bound == (name == "llada")
+    if name == "gpt":
+        assert bound.nats_per_char == pytest.approx(written.nats_per_char, rel=1e-5)
+
+
+def test_a_text_is_printed_with_its_most_surprising_words(runs, monkeypatch, capsys):
+    (runs / "some.txt").write_bytes(b"\xef\xbb\xbfto be, or not\r\nto sleep; to die\r\n")
+    run_main(monkeypatch, runs, "--text", "some.txt")
+    out = capsys.readouterr().out
+    assert re.search(r"LLaDA: \d\.\d{4} nats/char \(exact\); \d\.\d{4} in random order \(upper bound\)", out)
+    assert re.search(r"GPT: \d\.\d{4} nats/char \(exact\)\n", out)
+    for part in out.split("\n\n")[1::2]:
+        assert re.sub(r"[\[\]]", "", part) == "to be, or not\nto sleep; to die"
+        assert part.count("[") == 1
+
+
+# ------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -179,16 +249,23 @@ def test_one_model_alone_and_few_windows(runs):
         (["--data", "other.txt"], "not the text"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file"),
         (["out/none.pt"], "out/none.pt"),
-        (["out/gpt/best.pt", "--compare-estimators"], "LLaDA"),
         (["--device", "abacus"], "--device abacus"),
         (["--report", "text.txt"], "--report text.txt: cannot write there (text.txt: Not a directory)"),
         (["--report", "text.txt/report"], "--report text.txt/report: cannot write there (text.txt"),
         (["--out", "nowhere"], "no checkpoint under nowhere/"),
         (["out"], "out: no best.pt"),
+        (["out/gpt", "--out", "out"], "--out has no effect with models named"),
+        (["--text", "text.txt", "--quick"], "--quick has no effect with mode text"),
+        (["--text", "text.txt", "--report", "x"], "--report has no effect with mode text"),
+        (["--text", "text.txt", "--pairs", "x"], "--pairs does not go with --text"),
+        (["--text", "strange.txt"], "strange.txt: unknown character '~' (U+007E) at position 6"),
+        (["--text", "empty.txt"], "empty.txt: the text is empty"),
+        (["--pairs", "text.txt"], "needs models of pairs"),
     ],
 )
 def test_bad_input_is_an_error_of_one_line(runs, refusal, arguments, words):
-    (runs / "other.txt").write_text("another text entirely")
+    for name, text in (("other.txt", "another text entirely"), ("strange.txt", "to be,~"), ("empty.txt", "")):
+        (runs / name).write_text(text)
     assert words in refusal(runs, *arguments)
 
 
@@ -200,161 +277,23 @@ def test_a_folder_that_cannot_be_written_is_refused_before_torch_is_imported(tmp
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith("evaluate.py: error: --report file/report: cannot write there")
     assert "| torch" not in process.stderr
-    evaluate.check_folder(tmp_path / "new/report")
-    assert not (tmp_path / "new").exists()
 
 
-def test_runs_and_reports_may_be_elsewhere(runs, tmp_path):
-    """The models of two folders of runs, given as such and as the folder of a run; the report beside them."""
+def test_runs_and_reports_may_be_elsewhere(runs, tmp_path, monkeypatch):
+    """The models of another folder of runs; the report beside them."""
     shutil.copytree(runs / "out/gpt", tmp_path / "runs/gpt")
-    result = command(runs, "--out", str(tmp_path / "runs"), "--quick")
-    assert result.returncode == 0, result.stderr
+    run_main(monkeypatch, runs, "--out", str(tmp_path / "runs"), "--quick")
     assert (tmp_path / "runs/report/report.md").exists()
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["model", "gpt"]
 
 
 def test_no_checkpoints_at_all(tmp_path, refusal):
     assert "train.py" in refusal(tmp_path)
 
 
-def test_a_changed_corpus_is_noticed(runs):
-    text = runs / "text.txt"
-    original = text.read_text()
-    try:
-        text.write_text(original.replace("question", "answer"))
-        result = command(runs)
-    finally:
-        text.write_text(original)
-    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-    assert "SHA-256" in result.stderr
-    assert "--data" in result.stderr
-
-
-def test_checkpoints_of_two_texts_are_not_compared(runs, tmp_path):
+@pytest.mark.parametrize(("entry", "value"), [("sha256", "0" * 64), ("val_fraction", 0.5)])
+def test_checkpoints_of_two_texts_are_not_compared(runs, tmp_path, entry, value):
     checkpoint = load_checkpoint(runs / "out/gpt/best.pt")
-    checkpoint.corpus = checkpoint.corpus | {"sha256": "0" * 64}
+    checkpoint.corpus = checkpoint.corpus | {entry: value}
     save_checkpoint(tmp_path / "gpt.pt", checkpoint)
     with pytest.raises(ValueError, match="different texts"):
         select_checkpoints([runs / "out/llada/best.pt", tmp_path / "gpt.pt"], "cpu")
-
-
-def test_estimators_are_compared(runs):
-    llada = load_checkpoint(runs / "out/llada/best.pt").model
-    val = load_corpus(str(runs / "text.txt")).split(0.2)[1].long()
-    result = compare_estimators(llada, val[: 40 * T].view(40, T), seed=0)
-    plain, paired = result["plain"], result["paired"]
-    tolerance = 5 * (plain["variance"] / 2 / 30) ** 0.5  # 30 repeats of two evaluations a window
-    assert abs(plain["nats_per_char"] - paired["nats_per_char"]) <= tolerance
-    assert paired["variance"] < plain["variance"] / 3
-
-
-def test_estimators_are_printed(runs):
-    lines = command(runs, "--compare-estimators").stdout.splitlines()
-    plain, paired = (float(line.split()[-1]) for line in lines[1:3])
-    assert float(lines[3].split()[-1]) == pytest.approx(plain / paired, rel=0.05)
-
-
-# ------------------------------------------------------------------------------------------------- likelihoods
-def test_paired_difference_by_hand():
-    a = Likelihood.from_token_nats([torch.tensor([[2.0, 2.0], [3.0, 3.0]])])
-    b = Likelihood.from_token_nats([torch.tensor([[1.0, 1.0], [1.0, 1.0]])])
-    result = paired_difference(a, b)
-    assert result["nats_per_char"] == pytest.approx(1.5)
-    half = 12.706 * 0.5  # Student's t of two windows, one degree of freedom
-    assert result["ci95"] == pytest.approx([1.5 - half, 1.5 + half])
-
-
-def test_optimal_schedules_are_scored_on_windows_that_did_not_choose_them():
-    """Where c(m) is noise around a constant no schedule is better than another: the chosen ones gain nothing, and the
-    interval of T steps is that of the bound itself. A single window cannot be split into two halves."""
-    generator = torch.Generator().manual_seed(0)
-    predict, windows = TablePredictor(), all_strings()[torch.randint(81, (300,), generator=generator)]
-    bound = likelihood_bound(predict, [windows], MASK, pairs=2, generator=generator)
-    rows = compare_schedules(bound, 4)
-    assert [row["counts"] for row in rows["optimal"]][-1] == [1, 1, 1, 1]
-    for row in (rows["uniform"][-1], rows["optimal"][-1]):
-        assert row["nats_per_char"] == pytest.approx(bound.nats_per_char, rel=1e-9)
-        assert row["ci95"] == pytest.approx(bound.ci95, abs=0.25 * (bound.ci95[1] - bound.ci95[0]))
-    counts, means, hidden = bound.draws
-    noise = torch.randn(means.shape, generator=generator, dtype=torch.float64)
-    bound.draws = counts, 1 + noise, torch.ones_like(hidden)
-    for row in compare_schedules(bound, 4)["optimal"]:
-        assert row["nats_per_char"] - bound.curve.mean() * 5 / 4 >= -0.1
-    alone = likelihood_bound(predict, [windows[:1]], MASK, pairs=2, generator=generator)
-    rows = compare_schedules(alone, 4)
-    assert "optimal" not in rows
-    assert rows["uniform"][0]["ci95"] is None
-
-
-def test_means_and_intervals():
-    """Student's t against its published quantiles."""
-    for freedom, exact in ((1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (15, 2.131), (63, 1.998)):
-        assert student_t(freedom) == pytest.approx(exact, rel=0.012)
-    mean, ci95 = mean_and_interval(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]))
-    half = 2.365 * 6**0.5 / 8**0.5  # the variance of 1..8 is 6
-    assert mean == 4.5
-    assert ci95 == pytest.approx([4.5 - half, 4.5 + half], rel=1e-3)
-    assert mean_and_interval(torch.tensor([1.0])) == (1.0, None)
-
-
-def test_policies_are_compared_over_the_same_windows(runs):
-    """Each row by hand from `policy_likelihood`: figures relative to the bound, differences to the first policy."""
-    llada = load_checkpoint(runs / "out/llada/best.pt").model
-    val = load_corpus(str(runs / "text.txt")).split(0.2)[1].long()
-    windows = val[: 20 * T].view(20, T)
-    bound = likelihood_bound(llada, [windows], MASK_ID, pairs=4, generator=torch.Generator().manual_seed(0))
-    policies = [UnmaskingPolicy(4, "sweep"), UnmaskingPolicy(4, "confidence"), UnmaskingPolicy(4, "random")]
-    of_characters = Rows(windows, torch.full((20,), T))
-    rows = compare_policies(llada, of_characters, 5, policies, bound, seed=0)
-    chosen = windows[[0, 4, 9, 14, 19]]
-    sweep, confidence = (
-        policy_likelihood(mask_predictor(llada), chosen, policy, MASK_ID)[0].window_nats / T for policy in policies[:2]
-    )
-    known = bound.window_nats[[0, 4, 9, 14, 19]] / T
-    assert rows[0]["nats_per_char"] == pytest.approx(float((sweep - known).mean()) + bound.nats_per_char)
-    assert rows[1]["difference"] == pytest.approx(float((confidence - sweep).mean()))
-    assert rows[1]["difference_ci95"] == pytest.approx(mean_and_interval(confidence - sweep)[1])
-    assert rows[1]["difference"] == pytest.approx(rows[1]["nats_per_char"] - rows[0]["nats_per_char"])
-    assert [row["is_bound"] for row in rows] == [False, False, True, True]
-    assert rows[-1]["order"] == "random"
-    assert rows[-1]["nfe"] == T
-    assert rows[-1]["nats_per_char"] == pytest.approx(bound.nats_per_char)
-    assert rows[-1]["difference"] == pytest.approx(float((known - sweep).mean()))
-    variances = (sweep - known).var() / 5, bound.window_nats.div(T).var() / 20  # of the two parts of a figure
-    half = (2.776**2 * variances[0] + 2.093**2 * variances[1]).sqrt().item()  # 4 and 19 degrees of freedom
-    low, high = rows[0]["ci95"]
-    assert (high - low) / 2 == pytest.approx(half, rel=0.01)
-    everything = compare_policies(llada, of_characters, 20, policies[:1], bound, seed=0)[0]  # nothing is extrapolated
-    nats = policy_likelihood(mask_predictor(llada), windows, policies[0], MASK_ID)[0].window_nats / T
-    figure, ci95 = mean_and_interval(nats)
-    assert everything["nats_per_char"] == pytest.approx(figure)
-    assert everything["ci95"] == pytest.approx(ci95)
-    halved = compare_policies(llada, Rows(windows, torch.full((20,), 2 * T)), 5, policies, bound, seed=0)
-    for row, half in zip(rows, halved, strict=True):  # a token of two characters: half the nats/char
-        for key in ("nats_per_char", "difference", "ci95", "difference_ci95"):
-            assert half[key] == pytest.approx(torch.tensor(row[key]).div(2).tolist(), abs=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------- settings, counter
-def test_settings_are_validated_and_every_scored_policy_has_a_stated_kind():
-    with pytest.raises(ArgumentError, match="pairs"):
-        replace(FULL, pairs=0)
-    with pytest.raises(ArgumentError, match="policy_steps"):
-        EvaluationSettings(policy_steps=(8, 0))
-    for settings in (FULL, QUICK):
-        for length in (1, 8, 16, 256):
-            policies = settings.policies(length)
-            assert policies[0] == UnmaskingPolicy(steps=min(16, length), order="sweep")
-            assert len(set(policies)) == len(policies)
-            assert all(policy.has_exact_likelihood or policy.order == "random" for policy in policies)
-            assert all(1 <= kind["steps"] <= length for kind in settings.sample_kinds(length))
-
-
-def test_evaluations_are_counted():
-    model, seen = torch.nn.Linear(3, 2), []
-    with EvaluationCounter(model, update=seen.append) as counter:
-        model(torch.zeros(4, 3))
-        model(torch.zeros(1, 3))
-    model(torch.zeros(7, 3))
-    assert (counter.nfe, counter.positions) == (2, 15)
-    assert seen == [12, 15]

@@ -1,0 +1,249 @@
+"""Benchmarks: `python -m extras.bench budget|sampling|decoding|gaps`, from the root of the repository.
+
+Times are compared in turns, A B A B ..., after one call of each that is not counted, so that a busy moment of the
+machine meets both. The machine's speed is printed before and after; a warning says if it changed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from timeit import timeit
+
+import torch
+from torch import Tensor
+
+from autoregressive import exact_nll
+from checkpoint import Checkpoint, new_model, newest_checkpoint, pretrained_checkpoints
+from config import DecodingConfig, ModelConfig, SamplingConfig
+from data import load_same_corpus
+from evaluation.report import interval, table
+from evaluation.samplers import sampler_likelihood, samplers_of, write_texts
+from evaluation.suite import paired_difference, select_checkpoints
+from generation.write import write
+from model import GPT, MODELS, Transformer
+from tokenizer import END_ID, MASK_ID, START_ID
+from utils.console import Parser, number, run_program, say
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+CONTEXT, VOCABULARY, STREAMS = 256, 69, (4, 8, 16)  # the vocabulary is that of TinyShakespeare
+NETWORKS = ((4, 4, 128), (6, 6, 384))  # layers, heads, width
+HOLES, CANDIDATES = (1, 4, 16), 16
+Row = tuple[str, ...]  # one line of a table; the first row that a benchmark yields is the heading
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+def in_turns(a: Callable[[], object], b: Callable[[], object], turns: int) -> tuple[float, str]:
+    """The median seconds of b(), and how many times as long a() takes: the ratio of the medians, in brackets the
+    smallest and the largest ratio of a turn."""
+    a(), b()
+    seconds = [(timeit(a, number=1), timeit(b, number=1)) for _ in range(turns)]
+    of_a, of_b = map(median, zip(*seconds, strict=True))
+    ratios = [first / second for first, second in seconds]
+    return of_b, f"{of_a / of_b:.2f}x ({min(ratios):.2f}..{max(ratios):.2f})"
+
+
+def gigaflops() -> float:
+    """GFLOP/s of the linear layer that dominates a training step: float32, (4096, 128) by (512, 128); median of 400."""
+    layer = partial(torch.nn.functional.linear, torch.randn(4096, 128), torch.randn(512, 128))
+    return 2e-9 * 4096 * 128 * 512 / median(timeit(layer, number=1) for _ in range(400))
+
+
+def percent(share: float, count: int) -> str:
+    """A share of `count` in %, and its 95 % interval (Wilson 1927).
+
+    >>> percent(0.5, 100), percent(0.0, 100)
+    ('50.0 (40.4..59.6)', '0.0 (0.0..3.7)')
+    """
+    z2 = 1.959964**2 / count
+    middle, half = share + z2 / 2, (z2 * (share * (1 - share) + z2 / 4)) ** 0.5
+    low, high = (100 * edge / (1 + z2) for edge in (middle - half, middle + half))
+    return f"{100 * share:.1f} ({low:.1f}..{high:.1f})"
+
+
+def held_out(paths: list[Path], args: argparse.Namespace, count: int) -> tuple[Checkpoint, Checkpoint, Tensor]:
+    """A LLaDA, a GPT, and `count` windows (N, T) of text that neither was trained on; quick: a fifth of them."""
+    checkpoints = select_checkpoints(paths, "cpu")
+    if len(checkpoints) < len(MODELS):
+        raise ValueError("two models are compared: name the checkpoints of a LLaDA and a GPT")
+    llada, gpt = checkpoints.values()
+    gpt.model.never[END_ID] = True  # as LLaDA here
+    T = min(CONTEXT, llada.model.config.block_size, gpt.model.config.block_size)
+    corpus = load_same_corpus(llada.corpus, "window", llada.tokenizer, args.data)
+    part, count = corpus.split(llada.corpus["val_fraction"])[1], args.windows or (count // 5 if args.quick else count)
+    return llada, gpt, corpus.validation_rows(part, T, max_tokens=T * count)[0].tokens
+
+
+# ------------------------------------------------------------------------------------------------- the benchmarks
+def run_train(*flags: str) -> dict:
+    """Run train.py to its end in a process of its own; its summary. Raises OSError with the last line of a failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.run([sys.executable, TRAIN, *flags, "--out", folder], capture_output=True, text=True)
+        found = list(Path(folder).glob("*/summary.json"))
+        if process.returncode or not found:
+            raise OSError(f"train.py {' '.join(flags)}: {(process.stderr.strip().splitlines() or ['stopped'])[-1]}")
+        return json.loads(found[0].read_text())
+
+
+def budget(args: argparse.Namespace) -> Iterator[Row]:
+    """Validation loss after 40 s, 165 s and 15 minutes of a machine that makes 100 GFLOP/s on a float32 linear layer,
+    on the last tenth of the text: median over seeds. The time is scaled by the speed of this machine. LLaDA trains its
+    bound."""
+    yield "seconds", "model", "nats/char", "kind", "all seeds", "tokens/s"
+    for seconds in args.seconds or (40.0, 165.0, 900.0)[: 1 if args.quick else None]:
+        for model in args.model or MODELS:
+            flags = [f"--model={model}", "--val-fraction=0.1", f"--minutes={seconds * 100 / gigaflops() / 60:.4f}"]
+            flags += ["--sweep-share=0"] * (model == "llada") + (["--data", *args.data] if args.data else [])
+            runs = [run_train(*flags, f"--seed={seed}") for seed in range(1 if args.quick or seconds > 300 else 3)]
+            losses, speeds = ([run[key] for run in runs] for key in ("nats_per_char", "tokens_per_second"))
+            kind, every = "upper bound" if runs[0]["is_bound"] else "exact", " ".join(f"{x:.4f}" for x in losses)
+            yield f"{seconds:g}", model, f"{median(losses):.4f}", kind, every, f"{median(speeds):,.0f}"
+
+
+def sampling(args: argparse.Namespace) -> Iterator[Row]:
+    """Samplers at temperature 1 of the newest LLaDA and GPT under OUT. nats/char of held-out windows with 95 %
+    intervals, differences paired over the same windows. Exact: the likelihood of the sampler that is timed; random
+    order has an upper bound only. NFE: network evaluations for a text. Speed: the time of the first row over that of
+    this one, measured in turns."""
+    *checkpoints, windows = held_out([newest_checkpoint(args.out, name) for name in MODELS], args, 64)
+    times = "ms, batch 1", "speed, batch 1", "ms, batch 16", "speed, batch 16"
+    yield "sampler", "NFE", "nats/char", "interval", "kind", "minus the first row", "interval", *times
+    T, first, reference = windows.shape[1], None, None
+    for model in (checkpoint.model for checkpoint in checkpoints):
+        for label, config in samplers_of(model, T, args.quick).items():
+            result, nfe = sampler_likelihood(model, windows, config)
+            first, reference = first or (model, config), reference or result
+            gap, kind = paired_difference(result, reference), "upper bound" if result.is_bound else "exact"
+            cells = [f"{nfe:.1f}", f"{result.nats_per_char:.3f}", interval(result.ci95, 3), kind]
+            cells += [f"{gap['nats_per_char']:+.3f}", interval(gap["ci95"], 3)]
+            for B in (1, 16):
+                a, b = (partial(write_texts, writer, B, T, settings) for writer, settings in (first, (model, config)))
+                seconds, ratio = in_turns(a, b, 1 if args.quick else 5)
+                cells += [f"{1000 * seconds:.0f}", ratio]
+            yield f"{model.name}, {label}", *cells
+
+
+def filled(model: Transformer, windows: Tensor, hole: slice, **settings) -> Tensor:
+    """What a model writes into the hole of windows (N, T): (N, n). GPT sees nothing behind it."""
+    starts, is_gpt = windows.clone(), isinstance(model, GPT)
+    starts[:, hole] = MASK_ID
+    config = DecodingConfig(**settings) if is_gpt else SamplingConfig(**settings)
+    *_, state = write(model, list(starts[:, : hole.stop if is_gpt else None]), config, torch.Generator().manual_seed(0))
+    return torch.stack(state.texts)[:, hole]
+
+
+def decoding(args: argparse.Namespace) -> Iterator[Row]:
+    """GPT with random weights writes to the end of a window of 256: recomputed, cached, compiled, in streams. A / B:
+    median times, and in brackets the smallest and the largest ratio of one turn."""
+    yield "network", "characters", "A", "B", "time A / B", "characters/s of B"
+    text, end, whole = torch.randint(END_ID + 1, VOCABULARY, (1, CONTEXT)), slice(56, CONTEXT), slice(CONTEXT)
+    for n_layer, n_head, n_embd in NETWORKS:
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        configs = [ModelConfig(VOCABULARY, CONTEXT, parallel=P, **sizes) for P in (1, 1, *STREAMS)]
+        model, compiled, *others = gpts = [new_model("gpt", config).eval() for config in configs]
+        for gpt in gpts:
+            gpt.never[END_ID] = True
+        torch.compiler.reset()  # what was compiled for another network would be made general, and slower
+        compiled.compile()
+        recomputed, cached = (partial(filled, model, text, end, use_cache=use_cache) for use_cache in (False, True))
+        pairs = [(end, "recomputed", recomputed, "cached", cached)]
+        pairs += [(end, "recomputed", recomputed, "cached, compiled", partial(filled, compiled, text, end))]
+        for P, streams in zip(STREAMS, others, strict=True):
+            a, b = (partial(filled, gpt, text, whole) for gpt in (model, streams))
+            pairs.append((whole, "cached", a, f"{P} streams", b))
+        for hole, label_a, a, label_b, b in pairs:
+            (seconds, ratio), length = in_turns(a, b, 3 if args.quick else 9), hole.stop - (hole.start or 0)
+            yield f"{n_layer} layers x {n_embd}", str(length), label_a, label_b, ratio, f"{length / seconds:.0f}"
+
+
+def best_of_drawn(gpt: GPT, windows: Tensor, hole: slice) -> Tensor:
+    """Of CANDIDATES that GPT draws for each hole, the one that is likeliest together with what follows: (N, n)."""
+    kept = []
+    for rows in (window.repeat(CANDIDATES, 1) for window in windows):
+        rows[:, hole] = filled(gpt, rows, hole, temperature=0.8)
+        rows = rows.unique(dim=0)
+        kept.append(rows[exact_nll(gpt, rows, START_ID)[:, hole.start :].sum(1).argmin(), hole])
+    return torch.stack(kept)
+
+
+def gaps(args: argparse.Namespace) -> Iterator[Row]:
+    """Holes in the middle of unseen windows of 256 characters. LLaDA: the likeliest characters, one at each network
+    evaluation, from left to right (as its default sweep does up to 16). GPT, left side: the likeliest characters; it
+    sees nothing that follows. GPT, best of 16: drawn at temperature 0.8, kept is the one for which the exact likelihood
+    of it and the right side is largest. In %, with 95 % intervals over windows (Wilson; of characters, conservative).
+    Time of a hole: in batches of 16 texts, not in turns."""
+    llada, gpt, windows = held_out(args.checkpoints or pretrained_checkpoints(), args, 200)
+    (N, T), decode = windows.shape, llada.tokenizer.decode
+    writers = {
+        "LLaDA": partial(filled, llada.model, temperature=0.0, order="left", correct=0),
+        "GPT, left side": partial(filled, gpt.model, temperature=0.0),
+        f"GPT, best of {CANDIDATES}": partial(best_of_drawn, gpt.model),
+    }
+    yield "hole", "writer", "all right", "characters right", "ms a hole", "the first of them"
+    for n in HOLES:
+        hole = slice((T - n) // 2, (T + n) // 2)
+        yield str(n), "the text", "", "", "", repr(decode(windows[0, hole]))
+        for name, writer in writers.items():
+            start = time.perf_counter()
+            found = torch.cat([writer(some, hole) for some in windows.split(CANDIDATES)])
+            milliseconds = 1000 * (time.perf_counter() - start) / N
+            right = (found == windows[:, hole]).double()  # (N, n)
+            shares = percent(float(right.prod(1).mean()), N), percent(float(right.mean()), N)
+            yield str(n), name, *shares, f"{milliseconds:.0f}", repr(decode(found[0]))
+
+
+# ------------------------------------------------------------------------------------------------- command line
+BENCHMARKS = {"budget": budget, "sampling": sampling, "decoding": decoding, "gaps": gaps}
+
+
+def parse_args() -> argparse.Namespace:
+    """NAME and its flags; its docstring says what it measures."""
+    parser = Parser(prog="python -m extras.bench", description="Measure training, sampling, decoding, infilling.")
+    subparsers = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, benchmark in BENCHMARKS.items():
+        caption = " ".join(benchmark.__doc__.split())
+        add = subparsers.add_parser(name, help=caption.split(". ")[0], description=caption).add_argument
+        add("--quick", action="store_true", help="fewer repetitions")
+        if name != "decoding":
+            add("--data", nargs="+", metavar="NAME|FILE", help="as for train.py")
+        if name == "budget":
+            add("--seconds", type=number(float, low=1, high=10**6), nargs="+", help="default: 40 165 900, quick: 40")
+            add("--model", choices=MODELS, nargs="+", help="default: both")
+        if name in ("sampling", "gaps"):
+            add("--windows", type=number(int, low=1), help="held-out windows (default: 64, of gaps 200)")
+        if name == "sampling":
+            add("--out", type=Path, help="folder of the trained models (default: out, else the pretrained ones)")
+        if name == "gaps":
+            add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="default: the pretrained LLaDA and GPT")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure; print the table (after Ctrl-C, of the rows measured so far), its caption and the machine."""
+    args, measured = parse_args(), []
+    before, rows = gigaflops(), BENCHMARKS[args.name](args)
+    heading = next(rows)
+    try:
+        for row in rows:
+            say("  ".join(row))
+            measured.append(row)
+    finally:
+        print(table(heading, measured))
+    after = gigaflops()
+    print(textwrap.fill(" ".join(BENCHMARKS[args.name].__doc__.split()), 120))
+    print(f"machine: {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{before:.0f} GFLOP/s before and {after:.0f} after (float32 linear layer)")  # fmt: skip
+    if max(before, after) > 1.2 * min(before, after):
+        say("warning: the machine's speed changed by more than 20 %: repeat this on a quiet machine")
+
+
+if __name__ == "__main__":
+    run_program(main)
