@@ -1,175 +1,220 @@
-"""The history of a text (generation/history.py), the page that plays it, driven in a real browser, and the GIF."""
+"""The page: its network and sampler against PyTorch in Node, and what a reader sees in headless Chromium.
+
+Both programs may be missing; then their tests are skipped, and say so.
+"""
 
 import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from browser import PROGRAM, Browser
 
 from autoregressive import decode
-from generation.animation import write_gif
-from generation.history import Cell, Frame, History, Status, record_decoding, record_filling
-from generation.infilling import fill_masks, parse_template, text_sampling
-from generation.page import json_in_html, write_page
-from generation.text import prompt_ids
-from model import MODELS, ModelConfig
-from tokenizer import MASK_ID, SimpleTokenizer
-from utils.counter import EvaluationCounter
+from checkpoint import load_checkpoint
+from config import ModelConfig
+from generation import page
+from generation.history import Frame, History
+from generation.page import json_in_html, packed_model, quantized, write_live_page, write_page
+from model import MODELS
+from sampler import reverse_process
+from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
+from utils.errors import ArgumentError
 
+NODE = shutil.which("node")
 HARM = "document.title='harm'"
 HOSTILE = f"</script><script>{HARM}</script><!--<img src=x onerror={HARM}>\u2028\u202e\x07&\ud800"
 TOKENIZER = SimpleTokenizer("abcdefgh \n" + HOSTILE)
+PRETRAINED = [page.SCRIPT.parents[1] / "pretrained" / f"{name}.pt" for name in MODELS]
+needs_node = pytest.mark.skipif(NODE is None, reason="Node is not installed: the page's network was not run")
+SIZES = [{}, {"ngram_width": 6}, {"n_embd": 32, "n_head": 4, "ngram_base": 300, "ngram_rows": 65521}]
 
 
-def random_model(name: str):
+def random_model(name: str, **sizes):
+    """A model with no zeros, of sizes that are no multiples of eight, in the rounded weights that a page holds."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": TOKENIZER.vocab_size, "n_embd": 16, "n_head": 2, "n_layer": 1, "ngram_rows": 101}
-    model = MODELS[name](ModelConfig(block_size=16, **sizes)).eval()
-    for parameter in model.parameters():  # some start at zero
-        torch.nn.init.normal_(parameter, std=0.2)
+    small = {"block_size": 21, "n_embd": 20, "n_head": 2, "n_layer": 2, "ngram_rows": 101}
+    model = MODELS[name](ModelConfig(vocab_size=TOKENIZER.vocab_size, **small | sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return rounded(model)
+
+
+def checkpoint_of(name: str, **sizes):
+    return SimpleNamespace(model=random_model(name, **sizes), tokenizer=TOKENIZER)
+
+
+def rounded(model):
+    state = model.state_dict()
+    for key, tensor in state.items():
+        q, scales = quantized(tensor.numpy(), 5 if key == page.TABLES else None)
+        state[key] = torch.tensor((q.reshape(scales.shape[0], -1, q.shape[1]) * scales).reshape(q.shape))
+    model.load_state_dict(state)
     return model
 
 
-def filled(template: str, **settings) -> History:
-    ids = parse_template(template, TOKENIZER)
-    states = fill_masks(random_model("llada"), [ids], text_sampling(**settings))
-    *_, history = record_filling(states, ids, TOKENIZER)
-    return history
+# ------------------------------------------------------------------------------------------------- in Node
+def in_node(model, expression: str, wasm: bool = True, tokenizer=TOKENIZER, **values):
+    """The value of a JavaScript expression of `P` (page.js), `network`, and these values."""
+    description, weights = packed_model(model, tokenizer)
+    program = f"""
+        const P = require({json.dumps(str(page.SCRIPT))}), input = JSON.parse(require("fs").readFileSync(0, "utf8"));
+        P.unpack(input.weights).then((bytes) => {{
+          const network = new P.Network(input.description, bytes, {json.dumps(wasm)});
+          const finite = (x) => Array.from(x, (v) => (v === -Infinity ? null : v));
+          const {{ {", ".join(values) or "none"} }} = input.values;
+          console.log(JSON.stringify({expression}));
+        }});"""
+    data = {"description": description, "weights": base64.b64encode(weights).decode(), "values": values}
+    run = subprocess.run([NODE, "-e", program], input=json.dumps(data), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
 
 
-def decoded(prompt: str, max_out_tokens: int) -> History:
-    model = random_model("gpt")
-    ids = prompt_ids(model, TOKENIZER, prompt)
-    columns = decode(model, [ids], max_out_tokens=max_out_tokens)
-    *_, history = record_decoding(columns, model, ids, TOKENIZER)
-    return history
+def texts(name: str, T: int) -> list[list[int]]:
+    """A full window, a prompt, holes, one position."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, TOKENIZER.vocab_size, (T,), generator=generator)
+    if name == "gpt":
+        return [[START_ID, *ids[1:].tolist()], [START_ID, *ids[:5].tolist()], [START_ID]]
+    holes = ids.masked_fill(torch.rand(T, generator=generator) < 0.5, MASK_ID)
+    return [ids.tolist(), ids[:7].tolist() + [MASK_ID] * 6, holes.tolist(), [MASK_ID] * T, [MASK_ID]]
 
 
-def tokens_of(cells: list[Cell]) -> list[str | None]:
-    return [cell.token for cell in cells]
-
-
-def texts_of(ids) -> list[str | None]:
-    return [None if i == MASK_ID else TOKENIZER.id_to_char[i] for i in ids]
-
-
-# ------------------------------------------------------------------------------------------------- history
-REMASKING = {"order": "random", "schedule": "ancestral", "remask": "rescale", "eta": 0.5, "steps": 12}
-
-
-@pytest.mark.parametrize("settings", [{}, {"order": "confidence", "threshold": 0.3}, REMASKING], ids=str)
-def test_replaying_the_frames_gives_every_state_over_several_windows(settings):
-    model, ids = random_model("llada"), parse_template("ab[MASK*30] gh[MASK*9]", TOKENIZER)
-    expected, nfe = [texts_of(ids.tolist())], []
-
-    def states():
-        for state in fill_masks(model, [ids, ids], text_sampling(**settings)):
-            expected.append(texts_of(state.texts[1].tolist()))
-            nfe.append(state.nfe)
-            yield state
-
-    live = []
-    for history in record_filling(states(), ids, TOKENIZER, row=1):
-        live.append((tokens_of(history.cells), history.step))
-    assert [tokens_of(history.cells_at(step)) for step in range(history.step + 1)] == expected
-    assert live == [(text, i) for i, text in enumerate(expected)]
-    assert [frame.nfe for frame in history.frames] == nfe
-    assert sum(len(frame.changes) for frame in history.frames) < 39 * history.step  # differences alone
-    for step in range(1, history.step + 1):
-        for before, cell, after in zip(expected[step - 1], history.cells_at(step), expected[step], strict=True):
-            assert (cell.step == step) == (before != after)
-    statuses = {cell.status(step) for step in range(history.step + 1) for cell in history.cells_at(step)}
-    assert statuses == set(Status) - (set() if settings is REMASKING else {Status.REMASKED})
-
-
+@needs_node
 @torch.no_grad()
-def test_candidates_are_the_networks_probabilities_when_the_token_was_written():
-    llada, gpt = random_model("llada"), random_model("gpt")
-    for history in (filled("ab[MASK*12]", steps=3), decoded("ab", 9)):
-        for step in range(1, history.step + 1):
-            before = [MASK_ID if c.token is None else TOKENIZER.char_to_id[c.token] for c in history.cells_at(step - 1)]
-            for position, cell in history.frames[step - 1].changes.items():
-                if history.label == "GPT":
-                    logits = gpt(torch.tensor([[2, *before]]))[0, -1]
-                else:
-                    logits = llada(torch.tensor([before]))[0, position]
-                    logits[3] = -torch.inf  # [END], which a template never asks for
-                p = logits.double().softmax(-1)
-                assert cell.confidence == pytest.approx(float(p[TOKENIZER.char_to_id[cell.token]]), abs=1e-6)
-                assert [q for _, q in cell.candidates] == pytest.approx(p.topk(5).values.tolist(), abs=1e-6)
-                assert [t for t, _ in cell.candidates] == [TOKENIZER.id_to_char[i] for i in p.topk(5).indices.tolist()]
+@pytest.mark.parametrize("wasm", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_pytorch(name, sizes, wasm):
+    model, cases = random_model(name, **sizes), texts(name, 21)
+    cached = "ids.map((_, t) => network.forward([ids[t]], {start: t}))" if name == "gpt" else "[]"
+    code = f"""cases.map((ids) => [finite(network.forward(ids)),
+        finite(network.forward(ids, {{at: [...ids.keys()].filter((t) => t % 3 === 0)}})), {cached}.flatMap(finite)])"""
+    for ids, (whole, some, one_by_one) in zip(cases, in_node(model, code, wasm, cases=cases), strict=True):
+        expected = model(torch.tensor([ids]))[0]
+        pieces = expected if name == "gpt" else expected[:0]
+        for got, want in ((whole, expected), (some, expected[::3]), (one_by_one, pieces)):
+            got = torch.tensor([-torch.inf if x is None else x for x in got]).view(-1, TOKENIZER.vocab_size)
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
 
 
-def test_decoding_is_recorded_a_token_a_step_and_leaves_no_hook():
-    model = random_model("gpt")
-    ids = prompt_ids(model, TOKENIZER, "ab")
-    columns = [int(column[0]) for column in decode(model, [ids], max_out_tokens=25)]  # beyond the context
-    with EvaluationCounter(model) as counter:
-        recorded = record_decoding(decode(model, [ids], max_out_tokens=25), model, ids, TOKENIZER)
-        steps = [(history.step, len(history.cells), history.nfe) for history in recorded]
-    assert steps == [(k, 2 + k, k) for k in range(len(columns) + 1)]
-    assert counter.nfe == len(columns)
-    assert not model._forward_hooks
-    history = decoded("ab", 25)
-    assert tokens_of(history.cells) == ["a", "b", *texts_of(columns)]
-    assert all(a.seconds <= b.seconds for a, b in zip(history.frames, history.frames[1:], strict=False))
+@needs_node
+def test_tables_may_be_mapped_side_by_side():
+    model = random_model("llada", ngram_width=6)
+    summed = in_node(model, "finite(network.forward(ids))", ids=[4, 5, 6, 1, 7])
+    weight = model.encoder.ngrams.up.weight.data
+    model.encoder.ngrams.up.weight = torch.nn.Parameter(weight.repeat(1, 5))  # a copy of the matrix for each kind
+    assert in_node(model, "finite(network.forward(ids))", ids=[4, 5, 6, 1, 7]) == pytest.approx(summed, abs=1e-4)
 
 
-def test_texts_of_several_lengths_are_refused():
-    ids = [parse_template(f"[MASK*{n}]", TOKENIZER) for n in (40, 3)]
-    with pytest.raises(ValueError, match="texts of one length"):
-        list(record_filling(fill_masks(random_model("llada"), ids), ids[0], TOKENIZER))
+@needs_node
+@torch.no_grad()
+def test_greedy_texts_equal_the_samplers():
+    model, start = random_model("llada"), torch.tensor([[5, MASK_ID, MASK_ID, 9, 4] + [MASK_ID] * 14 + [7, 6]])
+    expected, runs = [], []
+    for order in ("sweep", "confidence", "drawn_confidence", "left"):
+        for steps, correct in ((4, 0), (5, 2), (100, 0)):
+            settings = {"steps": steps, "order": order, "temperature": 0, "correct": correct}
+            *_, last = reverse_process(
+                model, start, MASK_ID, never=(END_ID,), schedule="uniform", correct_temperature=0.0, **settings
+            )
+            expected.append([last.tokens[0].tolist(), last.nfe])
+            runs.append(settings | {"correctTemperature": 0, "seed": 0})
+    code = """runs.map((settings) => {
+        const text = [...start], frames = [...P.fill(network, start, settings)];
+        for (const { written } of frames) for (const [position, id] of written) text[position] = id;
+        return [text, frames.length]; })"""
+    assert in_node(model, code, start=start[0].tolist(), runs=runs) == expected
+
+    gpt, text = random_model("gpt"), [START_ID, 5, 8]
+    while len(text) < 22:
+        logits = gpt(torch.tensor([text]))[0, -1]
+        logits[END_ID] = -torch.inf
+        text.append(int(logits.argmax()))
+    code = "[...P.decode(network, [5, 8], 21, {temperature: 0, seed: 0})].map(({ written }) => written[0][1])"
+    assert in_node(gpt, code) == text[3:]
+
+
+@needs_node
+def test_draws_follow_the_distribution_and_the_seed():
+    code = """[0, 0, 1].map((seed) => {
+        const uniform = P.generator(seed), n = new Array(8).fill(0), logits = [9, 9, 9, 9, 0, 1, 2, -Infinity];
+        for (let i = 0; i < 20000; i += 1) n[P.draw(logits, 0, 8, 0.5, uniform)] += 1;
+        return n; })"""
+    same, again, other = in_node(random_model("gpt"), code)
+    assert same == again != other
+    p = torch.tensor([0.0, 2.0, 4.0]).softmax(0)
+    assert [n / 20000 for n in other[4:7]] == pytest.approx(p.tolist(), abs=0.015)
+    assert other[:4] + other[7:] == [0] * 5
 
 
 # ------------------------------------------------------------------------------------------------- the file
-def test_data_in_the_page_is_ascii_json_without_markup():
-    data = {HOSTILE: [HOSTILE, 0.5, None]}
-    text = json_in_html(data)
-    assert json.loads(text) == data
-    assert text.isascii()
-    assert not set(text) & set("<>&")
+def test_a_page_needs_nothing_else_and_admits_one_script(tmp_path):
+    data = json_in_html({HOSTILE: [HOSTILE, 0.5, None]})
+    assert json.loads(data) == {HOSTILE: [HOSTILE, 0.5, None]}
+    assert data.isascii()
+    assert not set(data) & set("<>&")
+    write_page(tmp_path / "a.html", [example()], "<title>", "seed 0")
+    write_live_page(tmp_path / "b.html", [checkpoint_of(name) for name in MODELS], HOSTILE)
+    for path in tmp_path.iterdir():
+        html = path.read_text("utf-8")
+        svg = r"https?:(?!//www\.w3\.org/2000/svg)"  # the name of a namespace
+        assert not re.search(svg + r"|\bsrc=(?!x )|\bhref=|url\(|@import|innerHTML|eval\(|\{\{[a-z]", html)
+        *_, script = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}' 'wasm-unsafe-eval'" in html
+        assert "default-src 'none'" in html
 
 
-def unpacked(data: dict) -> History:
-    """The inverse of `page.packed`, as the page's script reads it."""
-    token = [*data["tokens"], None]  # -1 is the last
-    history = History(data["label"], [token[i] for i in data["start"]])
-    for step, (nfe, seconds, changes) in enumerate(data["frames"], start=1):
-        cells = {}
-        for position, *written in changes:
-            i, confidence, pairs = written or (-1, 0.0, [])
-            candidates = tuple((token[a], p) for a, p in zip(pairs[::2], pairs[1::2], strict=True))
-            cells[position] = Cell(token[i], step, confidence, candidates)
-        history.add(Frame(cells, nfe, seconds))
-    return history
+def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path, monkeypatch):
+    def problem(checkpoint) -> str:
+        with pytest.raises(ArgumentError, match=r"^page [^\n]*$") as caught:
+            write_live_page(tmp_path / "page.html", [checkpoint], "")
+        assert not (tmp_path / "page.html").exists()
+        return str(caught.value)
+
+    def fake(**fields):
+        config = ModelConfig(vocab_size=TOKENIZER.vocab_size, **fields)
+        return SimpleNamespace(model=SimpleNamespace(config=config, name="gpt", causal=True), tokenizer=TOKENIZER)
+
+    assert "rotary" in problem(fake(arch="vanilla"))
+    assert "merge" in problem(fake(lora_rank=2))
+    assert "stream" in problem(fake(parallel=2))
+    assert "--segments line" in problem(fake(segments="line"))
+    subwords = fake()
+    subwords.tokenizer = SimpleNamespace(id_to_char=TOKENIZER.id_to_char | {9: "the"})
+    assert "subwords" in problem(subwords)
+    monkeypatch.setattr(page, "MOST_BYTES", 50_000)
+    assert "--ngram-rows" in problem(checkpoint_of("gpt", ngram_rows=1009))
 
 
-def test_a_page_holds_the_whole_history_and_needs_nothing_else(tmp_path):
-    histories = [filled("ab</script>[MASK*30]", **REMASKING), decoded("ab", 30)]
-    write_page(tmp_path / "page.html", histories, "<title>")
-    html = (tmp_path / "page.html").read_text("utf-8")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    assert not re.search(r"https?:|//\w|\bsrc=|\bhref=|url\(|@import|innerHTML|eval\(", html.replace("// ", ""))
-    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    [script] = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
-    assert json.loads(data)["title"] == "<title>"
-    for history, read in zip(histories, map(unpacked, json.loads(data)["histories"]), strict=True):
-        assert (read.label, read.start) == (history.label, history.start)
-        for step in range(history.step + 1):
-            assert tokens_of(read.cells_at(step)) == tokens_of(history.cells_at(step))
-        for cell, other in zip(read.cells, history.cells, strict=True):
-            assert (cell.step, cell.confidence) == (other.step, pytest.approx(other.confidence, abs=1e-4))
-            assert [t for t, _ in cell.candidates] == [t for t, _ in other.candidates]
+def example() -> History:
+    """Three steps and a correction: "Ra<newline>", then the a is drawn anew, as an i."""
+    sure = (("\n", 0.9), (" ", 0.05))
+    return History("LLaDA", ["R", None, None, None], [
+        Frame(1, 0.1, {1: ("a", 0.25)}, {1: (("i", 0.5), ("a", 0.25)), 2: (("e", 0.4),), 3: (("x", 0.3),)}),
+        Frame(2, 0.2, {2: (":", 0.7)}, {2: ((":", 0.7),), 3: ((" ", 0.5),)}),
+        Frame(3, 0.3, {3: ("\n", 0.9)}, {3: sure}),
+        Frame(4, 0.4, {1: ("i", 0.75)}, {1: (("i", 0.75), ("o", 0.125))}),
+    ])  # fmt: skip
 
 
-def test_pages_of_long_texts_stay_small(tmp_path):
-    write_page(tmp_path / "page.html", [filled("[MASK*1000]"), decoded("a", 300)], "long")
-    assert (tmp_path / "page.html").stat().st_size < 250_000
+def test_a_history_is_packed_as_documented():
+    packed = page.packed(example())
+    token = [*packed["tokens"], None]
+    assert [token[i] for i in packed["start"]] == example().start
+    nfe, seconds, written, beliefs = json.loads(json.dumps(packed["frames"][0]))
+    assert (nfe, seconds) == (1, 0.1)
+    assert [[i, token[t], p] for i, t, p in written] == [[1, "a", 0.25]]
+    texts = {i: "".join(token[t] for t in pairs[::2]) for i, pairs in beliefs.items()}
+    assert texts == {"1": "ia", "2": "e", "3": "x"}
 
 
 # ------------------------------------------------------------------------------------------------- in a browser
@@ -182,175 +227,195 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-def example() -> History:
-    """Four steps: two characters are written, one of them is masked again and written anew."""
-    history = History("LLaDA", ["R", ":", None, None])
-    history.add(Frame({2: Cell("a", 1, 0.25, (("i", 0.5), ("a", 0.25)))}, 1, 0.1))
-    history.add(Frame({3: Cell("\n", 2, 0.9, (("\n", 0.9), (" ", 0.05)))}, 2, 0.2))
-    history.add(Frame({2: Cell(None, 3)}, 2, 0.2))
-    history.add(Frame({2: Cell("i", 4, 0.75, (("i", 0.75), ("o", 0.125)))}, 3, 0.3))
-    return history
+def complaints(browser: Browser) -> list:
+    """Exceptions, messages of the browser (a refused script is one) and requests but for the page and its workers."""
+    faults = [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    requests = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    return faults + [url for url in requests if not url.startswith(("file:", "blob:"))]
 
 
-KINDS = "[...document.querySelectorAll('.text .cell')].map((cell) => cell.classList[1]).join(' ')"
-STEP, PLAY = "Number(slider.value)", "document.getElementById('play').textContent"
-FIRST = "given given masked masked"
-LAST = "given given written settled"
-
-
-def opened(browser: Browser, tmp_path, histories: list[History], title: str = "A title", fragment: str = "") -> Browser:
-    write_page(tmp_path / "page.html", histories, title)
-    browser.open((tmp_path / "page.html").as_uri() + fragment)
+def opened(browser: Browser, path, width: int = 1280, fragment: str = "", **options) -> Browser:
+    browser.resize(width, 860, **options)
+    browser.open(path.as_uri() + fragment)
     return browser
 
 
-def complaints(browser: Browser) -> list:
-    """Exceptions, messages of the browser (a refused script is one) and requests but for the page itself."""
-    faults = [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
-    requests = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    return faults + [url for url in requests if not url.startswith("file:")]
+def text_of(browser: Browser, panel: int = 0) -> str:
+    return browser.run(f"viewer.panels[{panel}].cells.map((cell) => cell.text ?? '_').join('')")
 
 
-def test_the_page_plays_steps_and_jumps(browser, tmp_path):
-    browser.resize(1280, 800, still=False)
-    opened(browser, tmp_path, [example()])
-    browser.wait(f"{STEP} === 4 && {PLAY} === 'Play'")  # it plays by itself, to the end
-    assert browser.run(KINDS) == LAST
-    browser.resize(1280, 800)
-    opened(browser, tmp_path, [example()])
-    assert [browser.run(STEP), browser.run(KINDS)] == [0, FIRST]  # unless motion is to be reduced
-    browser.point("#play", click=True)
-    assert browser.run(PLAY) == "Pause"
-    browser.wait(f"{STEP} > 0")
-    browser.point("#play", click=True)
-    assert browser.run(PLAY) == "Play"
-    browser.run("slider.value = 3; slider.dispatchEvent(new Event('input'))")
-    assert browser.run(KINDS) == "given given remasked settled"
-    assert browser.run("document.querySelector('.status').textContent") == "step 3 of 4 · 2 network evaluations"
-    assert browser.run("document.querySelector('.time').textContent") == "0.20 s"
-    assert browser.run("slider.getAttribute('aria-valuetext')") == "step 3 of 4"
-    states = []
-    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowLeft", "End"):
-        browser.run("document.activeElement.blur()")
-        browser.press(key)
-        states.append(browser.run(STEP))
-    assert states == [0, 1, 2, 1, 4]
-    browser.press(" ")  # at the end, space plays from the start
-    browser.wait(f"{PLAY} === 'Pause' && {STEP} < 4")
-    assert browser.run("document.title") == "A title"
+DETAILS = "[...document.querySelectorAll('#details li')].map((item) => item.textContent).join()"
+KINDS = "[...document.querySelectorAll('.mirror span')].slice(0, -1).map((span) => span.className).join()"
+STATUS = "document.querySelector('.status').textContent"
+
+
+def test_a_recording_plays_and_never_shows_the_future(browser, tmp_path):
+    write_page(tmp_path / "a.html", [example()], "A title", "the sweep, seed 3")
+    opened(browser, tmp_path / "a.html", still=False)
+    browser.wait("viewer.panels[0].step === 4 && !viewer.playing")  # by itself
+    opened(browser, tmp_path / "a.html")  # motion is to be reduced
+    assert browser.run("viewer.playing || viewer.panels[0].step") == 0
+    assert browser.run("document.querySelector('h1').textContent + lead.textContent") == "A titlethe sweep, seed 3"
+    browser.run("viewer.pin(viewer.panels[0], 3)")
+    seen, last = [], "↵90 %,␣5.0 %"
+    for _ in range(5):
+        seen.append((text_of(browser), browser.run(DETAILS)))
+        browser.press("ArrowRight")
+    assert seen == [("R___", "x30 %"), ("Ra__", "␣50 %"), ("Ra:_", last), ("Ra:\n", last), ("Ri:\n", last)]
+    assert browser.run(KINDS) == "g,w,w,w n pinned"  # nothing marks the last step
+    states = [(browser.press("ArrowLeft"), browser.run(STATUS))[1] for _ in range(2)]
+    assert states[0].startswith("Step 3 of 4: after one look at the whole text, 1 character written")
+    assert "1 character written at once; 1 still masked" in states[1]
+    browser.press("Home")
+    browser.press(" ")
+    browser.wait("!viewer.playing && viewer.panels[0].step === 4")
+    assert "4 network evaluations" in browser.run(STATUS)
+    opened(browser, tmp_path / "a.html", fragment="#step=2")
+    assert browser.run("viewer.panels[0].step") == 2
+    browser.run("document.querySelector('textarea').focus()")
+    browser.insert("x")  # a recording cannot be edited
+    assert text_of(browser) == "Ra:_"
     assert complaints(browser) == []
 
 
-def test_a_character_shows_its_candidates_and_when_it_settled(browser, tmp_path):
-    browser.resize(1280, 800)
-    opened(browser, tmp_path, [example()], fragment="#step=2")
-    assert browser.run(STEP) == 2
-    events = "a (25.0 %) written at step 1 · masked again at step 3 · i (75.0 %) settled at step 4"
-    browser.point(".cell:nth-child(3)")
-    assert browser.run("details.querySelector('p').textContent") == f"LLaDA, position 3: settled · {events}"
-    candidates = "[...details.querySelectorAll('li')].map((item) => item.textContent).join()"
-    assert browser.run(candidates) == "i50.0 %,a25.0 %"
-    assert browser.run("details.querySelector('.chosen').textContent") == "a25.0 %"
-    browser.press("End")  # the step may change below the mouse
-    assert browser.run("details.querySelector('p').textContent") == f"LLaDA, position 3: written · {events}"
-    assert browser.run(candidates) == "i75.0 %,o12.5 %"
-    browser.point("h1")  # a mouse that stays on a character may be reported once more
-    browser.run("document.querySelector('.text .cell').focus()")
-    assert browser.run("details.textContent") == "LLaDA, position 1: given"
-    for _ in range(3):
-        browser.press("ArrowRight")
-    assert browser.run("details.querySelector('li').textContent") == "⏎90.0 %"
-    assert browser.run("document.activeElement.getAttribute('aria-label')") == "⏎, settled"
-    assert browser.run(STEP) == 4  # arrows in the text move between characters
-    browser.resize(390, 844)
-    browser.tap(".text .cell:nth-child(3)")
-    browser.wait("details.textContent.startsWith('LLaDA, position 3')")
-
-
-def test_a_race_has_a_common_clock(browser, tmp_path):
-    browser.resize(1280, 800)
-    slow = History("GPT", ["R", ":"])
-    for k in range(6):
-        slow.add(Frame({2 + k: Cell("x", k + 1, 0.5)}, k + 1, round(0.15 * (k + 1), 2)))
-    opened(browser, tmp_path, [example(), slow])
+def test_a_recorded_race_has_a_common_clock(browser, tmp_path):
+    frames = [Frame(k + 1, 0.15 * (k + 1), {2 + k: ("x", 0.5)}, {2 + k: (("x", 0.5),)}) for k in range(6)]
+    write_page(tmp_path / "a.html", [example(), History("GPT", ["R", ":"], frames)], "race")
+    opened(browser, tmp_path / "a.html")
+    steps = "viewer.panels.map((panel) => panel.step).join()"
+    assert browser.run("viewer.panels.map((panel) => panel.growing).join()") == "false,true"
     states = {}
-    for axis in ("seconds", "nfe"):
-        browser.run(f"axis_ = document.getElementById('axis'); axis_.value = '{axis}';"
-                    "axis_.dispatchEvent(new Event('change'))")  # fmt: skip
-        states[axis] = [
-            browser.run(f"go({tick}); histories.map((history) => history.step).join()")
-            for tick in range(browser.run("Number(slider.max)") + 1)
-        ]
-    assert states["seconds"] == ["0,0", "1,0", "1,1", "3,1", "4,2", "4,3", "4,4", "4,5", "4,6"]
-    assert states["nfe"] == ["0,0", "1,1", "3,2", "4,3", "4,4", "4,5", "4,6"]
-    boxes = browser.run("[...document.querySelectorAll('.panel')].map((panel) => panel.getBoundingClientRect().top)")
-    assert boxes[0] == boxes[1]  # side by side
+    for name in ("seconds", "nfe"):
+        browser.run(f"axis.value = '{name}'; axis.dispatchEvent(new Event('change')); viewer.go(0)")
+        ticks = range(browser.run("viewer.ticks.length"))
+        states[name] = [browser.run(f"viewer.go(viewer.ticks[{k}]); {steps}") for k in ticks]
+    assert states["seconds"] == ["0,0", "1,0", "1,1", "2,1", "3,2", "4,2", "4,3", "4,4", "4,5", "4,6"]
+    assert states["nfe"] == ["0,0", "1,1", "2,2", "3,3", "4,4", "4,5", "4,6"]
+    assert complaints(browser) == []
 
 
 def test_text_is_never_executed_nor_parsed(browser, tmp_path):
-    browser.resize(1280, 800)
-    history = History(HOSTILE, [*HOSTILE, None])
-    history.add(Frame({len(HOSTILE): Cell(HOSTILE, 1, 0.5, ((HOSTILE, 0.5),))}, 1, 0.1))
-    opened(browser, tmp_path, [history], title=HOSTILE)
-    browser.press("End")
-    browser.point(".text .word:last-child .cell:last-child")
-    assert browser.run("details.querySelectorAll('li').length") == 1
-    assert browser.run("document.querySelectorAll('script').length") == 2
-    assert browser.run("document.querySelectorAll('img').length") == 0
+    frame = Frame(1, 0.1, {len(HOSTILE): (HOSTILE, 0.5)}, {len(HOSTILE): ((HOSTILE, 0.5),)})
+    write_page(tmp_path / "a.html", [History(HOSTILE, [*HOSTILE, None], [frame])], HOSTILE, HOSTILE)
+    write_live_page(tmp_path / "b.html", [checkpoint_of("llada", block_size=160)], HOSTILE)
+    opened(browser, tmp_path / "a.html").press("End")
+    browser.run("viewer.pin(viewer.panels[0], viewer.panels[0].cells.length - 1)")
+    assert browser.run("document.querySelectorAll('#details li').length") == 1
+    assert complaints(browser) == []
+    opened(browser, tmp_path / "b.html").wait("viewer.panels[0].beliefs.size")
+    browser.run("viewer.panels[0].edit([]); document.querySelector('textarea').focus()")
+    browser.insert(HOSTILE[:-1] + "_")
+    browser.press("Enter", ctrl=True)
+    browser.wait("!viewer.playing && viewer.panels[0].history?.done")
+    assert text_of(browser)[:-1] == HOSTILE[:-1]
     assert browser.run("document.title") != "harm"
-    assert browser.run("document.querySelectorAll('.text .cell').length") == len(HOSTILE) + 1
-    assert browser.run("document.querySelector('.text').textContent").startswith("</script><script>document")
+    assert browser.run("document.querySelectorAll('script, img').length") == 2
+    assert complaints(browser) == []
+
+
+@torch.no_grad()
+def assert_beliefs(browser: Browser, model) -> None:
+    """The page's probabilities of the editor's masks, and those of the network in PyTorch."""
+    ids = browser.run("viewer.idsOf(viewer.panels[0].cells, viewer.engines[0])")
+    p = model(torch.tensor([ids]))[0].softmax(-1)
+    p[:, END_ID] = 0
+    for position, pairs in browser.run("[...viewer.panels[0].beliefs]"):
+        assert [q for _, q in pairs] == pytest.approx(p[position].topk(8).values.tolist(), abs=1e-3)
+
+
+def test_the_text_is_edited_masked_filled_and_undone(browser, tmp_path):
+    models = [checkpoint_of(name, block_size=40) for name in MODELS]
+    write_live_page(tmp_path / "a.html", models, "edit")
+    opened(browser, tmp_path / "a.html").wait("viewer.engines.every((engine) => engine.ready)")
+    browser.run("correct.value = 0; speed.value = 4; viewer.panels[0].edit([])")
+    browser.run("document.querySelector('textarea').focus()")
+    for key in "abc_de?":  # ? is no character of this model
+        browser.press(key)
+    assert text_of(browser) == "abc_de"
+    browser.wait("document.getElementById('note').textContent.includes('never seen “?”')")
+    browser.run("document.querySelector('textarea').setSelectionRange(1, 3)")
+    browser.press("_")
+    assert text_of(browser) == "a___de"
+    browser.wait("viewer.panels[0].beliefs.size === 3")
+    assert_beliefs(browser, models[0].model)
+    browser.run("viewer.pin(viewer.panels[0], 1)")
+    assert browser.run("document.querySelectorAll('#details button.candidate').length") == 8
+    browser.press("Enter", ctrl=True)
+    browser.wait("!viewer.playing && viewer.panels[0].history?.done && viewer.panels[0].step === 3")
+    full = text_of(browser)
+    assert (full[0], full[4:]) == ("a", "de")
+    assert "_" not in full
+    browser.run("viewer.pin(viewer.panels[0], 2)")
+    assert "settled at step 2 of 3" in browser.run("details.textContent")
+    other = browser.run("viewer.panels[0].history.frames[1].beliefs.get(2)[3][0]")
+    browser.point("#details li:nth-child(4) button", click=True)
+    assert text_of(browser) == full[:2] + other + full[3:]
+    browser.point("#details .again", click=True)
+    assert text_of(browser) == full[:2] + "_" + full[3:]
+    for _ in range(2):
+        browser.press("z", ctrl=True)
+    assert text_of(browser) == full
+    assert browser.run("viewer.panels[0].step") == 3  # with its steps
+    browser.point("#undo", click=True)
+    assert text_of(browser) == "a___de"
+    browser.point("#redo", click=True)
+    assert text_of(browser) == full
+    browser.point("#add", click=True)
+    assert len(text_of(browser)) == 40
+    browser.run("correct.value = 1")
+    browser.point("#race", click=True)
+    browser.wait("!viewer.playing && viewer.panels.every((panel) => panel.history?.done)")
+    assert [len(text_of(browser, panel)) for panel in (0, 1)] == [40, 40]
+    assert browser.run("document.querySelectorAll('.panel:not([hidden])').length") == 2
+    assert browser.run("viewer.panels[0].history.frames.length") == 24  # 16 steps, a pass of corrections
+    assert browser.run("viewer.panels[1].history.frames.length + viewer.panels[1].history.start.length") == 40
     assert complaints(browser) == []
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
-def test_nothing_scrolls_sideways_and_nothing_moves(browser, tmp_path, width):
+def test_nothing_scrolls_sideways(browser, tmp_path, width):
     history = History("LLaDA", [None] * 60)
-    history.add(Frame({i: Cell(["word", " ", "x" * 90, "\n", "日本"][i % 5], 1, 0.5) for i in range(60)}, 1, 0.1))
-    browser.resize(width, 700, dark=True)
-    opened(browser, tmp_path, [history, example()], title="t" * 200)
-    places = "[...document.querySelectorAll('.cell')].map((c) => [c.offsetLeft, c.offsetTop, c.offsetWidth]).join()"
-    before = browser.run(places)
+    tokens = {i: (["word", " ", "x" * 90, "\n", "日本"][i % 5], 0.5) for i in range(60)}
+    history.frames.append(Frame(1, 0.1, tokens, {i: (pair,) for i, pair in tokens.items()}))
+    write_page(tmp_path / "a.html", [history, example()], "t" * 200, "s" * 200)
+    models = [checkpoint_of(name, block_size=256) for name in MODELS]
+    write_live_page(tmp_path / "b.html", models, "t" * 200)
+    for name in ("a", "b"):
+        opened(browser, tmp_path / f"{name}.html", width, dark=True).press("End")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        mirror = browser.run("document.querySelector('.mirror').offsetHeight + 24")
+        area = browser.run("document.querySelector('textarea').scrollHeight")
+        assert max(mirror, 136) == area  # both layers break lines alike
+
+
+@pytest.mark.skipif(not all(path.exists() for path in PRETRAINED), reason="there are no pretrained models")
+def test_the_pretrained_pair_runs_in_time(browser, tmp_path):
+    checkpoints = [load_checkpoint(path) for path in PRETRAINED]
+    write_live_page(tmp_path / "a.html", checkpoints, "LLaDA and GPT")
+    assert (tmp_path / "a.html").stat().st_size < 16_000_000
+    start = time.monotonic()
+    opened(browser, tmp_path / "a.html").wait("viewer.engines.every((engine) => engine.ready)")
+    assert time.monotonic() - start < 4  # 1 s where nothing else runs
+    browser.run("viewer.panels[0].edit(Array.from({ length: 240 }, () => ({ text: null, kind: 'mask' })))")
+    start = time.monotonic()
+    browser.point("#fill", click=True)
+    browser.wait("viewer.panels[0].step > 0")
+    assert time.monotonic() - start < 1.5
+    browser.wait("viewer.panels[0].history.done")
+    assert time.monotonic() - start < 10
+    assert browser.run("viewer.panels[0].history.frames.length") == 48  # 16, and four passes of correction
+    # At temperature 0 both write what PyTorch writes with the rounded weights.
+    llada, gpt = (rounded(checkpoint.model) for checkpoint in checkpoints)
+    prompt = checkpoints[0].tokenizer.encode("ROMEO:\n").tolist()
+    browser.run("viewer.example(['', 'ROMEO:\\n{200}'])")
+    browser.wait("viewer.panels[0].beliefs.size === 200")
+    assert_beliefs(browser, llada)
+    browser.run("temperature.value = correct.value = 0; document.getElementById('race').click()")
+    browser.wait("viewer.panels.every((panel) => panel.history?.done)")
     browser.press("End")
-    assert browser.run(STEP) > 0
-    assert browser.run(places) == before
-    assert browser.run("document.documentElement.scrollWidth") <= width
-
-
-# ------------------------------------------------------------------------------------------------- animation
-def test_the_gif_shows_every_step_and_is_small(tmp_path):
-    from PIL import Image
-
-    write_gif(tmp_path / "one.gif", [filled("ab</script>[MASK*230]", steps=16)])
-    write_gif(tmp_path / "race.gif", [filled("ab[MASK*200]", steps=16), decoded("ab", 200)])
-    for name, frames in (("one.gif", None), ("race.gif", 20)):
-        image = Image.open(tmp_path / name)
-        assert image.width == 800
-        assert frames is None or image.n_frames > frames
-        assert image.info["loop"] == 0
-        assert (tmp_path / name).stat().st_size < 1_000_000
-        durations = []
-        for i in range(image.n_frames):
-            image.seek(i)
-            durations.append(image.info["duration"])
-        assert durations[-1] == 3000
-        assert 7_000 < sum(durations) < 12_000
-        assert min(durations) >= 50  # browsers slow down what is faster
-
-
-def test_the_gif_draws_the_states_of_the_history(tmp_path):
-    from PIL import Image
-
-    from generation.animation import BACKGROUND, MASK, Painter
-
-    history = example()
-    painter = Painter([history])
-    jumped = Painter([history]).paint([4])
-    images = [painter.paint([step]) for step in range(5)]
-    assert images[-1].tobytes() == jumped.tobytes()  # drawing the differences draws the whole
-    panel = painter.panels[0]
-    left, top = panel.left + round(2 * painter.advance), painter.top
-    middles = [image.getpixel((left + 1, top + painter.line // 2)) for image in images]
-    assert [middle == MASK for middle in middles] == [True, False, False, False, False]
-    write_gif(tmp_path / "empty.gif", [History("LLaDA", ["a"])])  # nothing was to be written
-    assert Image.open(tmp_path / "empty.gif").convert("RGB").getpixel((0, 0)) == BACKGROUND
+    start, settings = torch.tensor([[START_ID, *prompt, *[MASK_ID] * 200]]), {"temperature": 0.0}
+    *_, last = reverse_process(llada, start[:, 1:], MASK_ID, never=(END_ID,), correct=0, **settings)
+    assert text_of(browser) == checkpoints[0].tokenizer.decode(last.tokens[0])
+    tokens = [int(token) for token, _ in decode(gpt, start[:, : 1 + len(prompt)], max_out_tokens=200, **settings)]
+    assert text_of(browser, 1) == "ROMEO:\n" + checkpoints[1].tokenizer.decode(tokens)
+    assert complaints(browser) == []
