@@ -75,9 +75,26 @@ def sections(metrics: dict) -> dict[str, tuple[str, str]]:
     return found | {"Texts": (texts(metrics), TEXTS.format(metrics["texts_of_a_kind"]))}
 
 
+def summary(metrics: dict) -> str:
+    """Up to three lines: the loss of each model, their difference with its interval, what their samplers cost."""
+    losses = [(NAMES[name], m) for name, m in metrics["models"].items()]
+    by_sampler = {name: m for name, m in metrics["written"].items() if metrics["models"][name] != m}
+    losses += [(f"{NAMES[name]} by its sampler", m) for name, m in by_sampler.items()]
+    lines = [", ".join(f"{label} {m['nats_per_char']:.3f} ({kind(m)})" for label, m in losses) + " nats/char."]
+    first = {row["model"]: row for row in reversed(metrics.get("samplers", []))}  # the default sampler of each
+    if len(first) > 1:
+        gap = first["gpt"]["difference"]
+        lines.append(f"GPT minus LLaDA's sampler: {gap['nats_per_char']:+.3f} (95 %: {interval(gap['ci95'], 3)}).")
+    if first:
+        costs = (f"{NAMES[name]} {row['nfe']:.0f}" for name, row in first.items())
+        lines.append(f"Network evaluations for a window of {metrics['window']} tokens: {', '.join(sorted(costs))}.")
+    return "  \n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------- the whole
 def print_report(metrics: dict) -> None:
-    """The tables with their titles on standard output."""
+    """The summary and the tables with their titles on standard output."""
+    print(summary(metrics).replace("  \n", "\n") + "\n")
     print("\n\n".join(f"{title}:\n{rows}" for title, (rows, _) in sections(metrics).items()))
 
 
@@ -88,6 +105,7 @@ def report_text(metrics: dict, pictures: dict[str, str]) -> str:
         f"# {names} on `` {printable(Path(corpus['name']).name)} ``",  # as code, in which nothing is markup
         f"The last {100 * corpus['val_fraction']:g} % of {corpus['characters']:,} characters (SHA-256 "
         f"{corpus['sha256']:.16}). Intervals are over windows of {metrics['window']} tokens.",
+        summary(metrics),
     ]
     for title, section in sections(metrics).items():
         parts += [f"## {title}", *section]

@@ -87,7 +87,8 @@ def metrics(runs) -> dict:
     words = [sys.executable, str(ROOT / "evaluate.py"), "--quick"]
     result = subprocess.run(words, cwd=runs, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Likelihood, on text that no model was trained on:\n| model ")
+    assert result.stdout.startswith("LLaDA ")
+    assert "\n\nLikelihood, on text that no model was trained on:\n| model " in result.stdout
     return json.loads((runs / "out/report/metrics.json").read_text())
 
 
@@ -187,6 +188,12 @@ def test_the_report_begins_with_its_results_and_ends_with_the_settings(runs, met
     assert losses["LLaDA"] == (f"{llada:.4f}", "upper bound")
     assert losses["GPT"] == (f"{gpt:.4f}", "exact")
     assert losses["LLaDA, by its sampler"] == (f"{exact:.4f}", "exact")
+    summary = report.partition("## ")[0].splitlines()[4:7]
+    assert summary[0].strip() == (
+        f"LLaDA {llada:.3f} (upper bound), GPT {gpt:.3f} (exact), LLaDA by its sampler {exact:.3f} (exact) nats/char."
+    )
+    assert summary[1].startswith("GPT minus LLaDA's sampler: ")
+    assert summary[2].startswith("Network evaluations for a window of ")
     titles = re.findall(r"^## (.*)", report, re.M)
     assert titles[0].startswith("Likelihood, on text that no model was trained on")
     assert titles[1:] == ["Loss and network evaluations", "Texts", "Pictures", "Settings"]
