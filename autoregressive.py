@@ -71,7 +71,7 @@ class CausalBatch(NamedTuple):
 
     def on(self, device: torch.device) -> "CausalBatch":
         """The batch on a device."""
-        return type(self)(*(x.to(device, non_blocking=True) for x in self))
+        return CausalBatch(*(x.to(device, non_blocking=True) for x in self))
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,9 @@ class CausalObjective:
         batches = [rows for rows in batches if rows.tokens.numel()]
         if not batches:
             raise ValueError("there is no text to score")
-        nats = [self.nll(predict, rows.tokens, batch_size).masked_fill(~rows.counted, 0.0).cpu() for rows in batches]
+        scores = [exact_nll(predict, rows.tokens, START_ID, batch_size) for rows in batches]
+        nats = [nll.masked_fill(~rows.counted, 0.0).cpu() for nll, rows in zip(scores, batches, strict=True)]
         return Likelihood.from_token_nats(nats).per(torch.cat([rows.characters for rows in batches]))
-
-    def nll(self, predict: Predict, windows: Tensor, batch_size: int) -> Tensor:
-        """(N, T) nats of each token of windows (N, T)."""
-        return exact_nll(predict, windows, START_ID, batch_size)
 
 
 # ------------------------------------------------------------------------------------------------- sliding context

@@ -43,12 +43,7 @@ def new_model(name: str, config: ModelConfig, weights: dict[str, Tensor] | None 
         import extras.vanilla
     if config.segments == "pairs":
         import extras.pairs  # noqa: F401 (it adds the kind of corpus)
-    if config.parallel > 1:
-        from extras.streams import StreamsGPT
-
-        if name != "gpt":
-            raise ArgumentError("parallel", "is for GPT: LLaDA writes in several places anyway")
-    model = (MODELS[name] if config.parallel == 1 else StreamsGPT)(config)
+    model = MODELS[name](config)
     if weights is not None:
         model.load_state_dict(weights)
     if config.lora_rank:
@@ -215,6 +210,9 @@ def read_state(path: Path) -> dict:
         raise ValueError(f"{path}: not a checkpoint of this version (other entries): train it again")
     if state["format"] != FORMAT or state["name"] not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
+    for config in (state["config"], state["training"].get("config", {})):
+        if config.get("parallel") == 1:  # of an option that is gone; with another value the file is refused
+            del config["parallel"]
     for name, tensor in state["model"].items():
         kinds = (torch.float32, torch.float16, *([torch.int8] if name == TABLES and SCALE in state["model"] else []))
         if not isinstance(tensor, Tensor) or tensor.dtype not in kinds:
@@ -234,7 +232,7 @@ def check_sizes(state: dict, config: ModelConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
     if problem := memory_problem(least_bytes(state["name"], config)):
         raise ValueError(f"it {problem}")
-    needed = least_bytes(state["name"], replace(config, block_size=2 * config.parallel))
+    needed = least_bytes(state["name"], replace(config, block_size=1))
     held = sum(4 * tensor.numel() for tensor in state["model"].values())
     if not state["base"] and needed > 1.1 * held:
         raise ValueError(f"its network would have {needed:,} bytes of weights, and the file holds {held:,}")

@@ -120,10 +120,6 @@ class ModelConfig:
         0, "numbers in a row, mapped up to the width; 0: as many as the width", only=ROTARY, low=0, high=LARGEST,
         metavar="W",
     )  # fmt: skip
-    parallel: int = setting(
-        1, "GPT: write a window in P streams at once, with a P-th of the evaluations",
-        only={"model": ("gpt",)} | ROTARY, low=1, metavar="P",
-    )  # fmt: skip
     segments: str = setting(
         "window", "an example is running text (window), or one speech, paragraph or line between [START] and [END]",
         choices=(*SEGMENTS, "pairs"),
@@ -135,9 +131,6 @@ class ModelConfig:
         check(self)
         if self.n_embd % (2 * self.n_head):
             raise ArgumentError("n_embd", f"must be a multiple of 2 * n_head = {2 * self.n_head}, got {self.n_embd}")
-        if self.parallel > 1 and self.segments != "window":
-            raise ArgumentError("parallel", f"must be 1, got {self.parallel}: texts that end have one stream")
-        check_number("parallel", self.parallel, high=max(1, self.block_size // 2))
         check_number("lora_rank", self.lora_rank, high=self.n_embd)
 
     to_dict = asdict
@@ -200,8 +193,6 @@ class TrainConfig(ModelConfig):
             raise ArgumentError("data", "is not read with a file of pairs: drop one of them")
         if self.lora_rank and self.init_from is None:
             raise ArgumentError("lora_rank", "needs a model to adapt: name its checkpoint with --init-from")
-        if self.parallel > 1 and self.compile:
-            raise ArgumentError("compile", "does not go with streams, whose prefixes have many lengths: drop it")
         if (self.steps is None) == (self.minutes is None):
             raise ArgumentError("steps", "or minutes must be given, and not both")
         if self.steps and self.epochs:
@@ -479,10 +470,6 @@ class WriteRun:
     race: bool = setting(False, "LLaDA and GPT write from one prompt, side by side")
     top: int | None = setting(None, "show the K likeliest next tokens with their probabilities", low=1, metavar="K")
     beams: int | None = setting(None, "GPT: beam search with N beams", only=GPT, low=1, metavar="N")
-    streams: int | None = setting(
-        None, "a GPT trained with --parallel: write in N places at once (default: as trained)", only=GPT, low=1,
-        metavar="N",
-    )  # fmt: skip
     stop: list | None = setting(
         None, "GPT: end after this text, which may be given several times", only=GPT | {"mode": ("text", "chat")},
         action="append", type=str, metavar="TEXT",

@@ -8,7 +8,6 @@ K taps of the convolution, W numbers in a row of an n-gram table.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +74,6 @@ class Context:
     mask: Tensor | None = None  # (T, S) bool: which positions each one sees; None: all, or those up to it
     is_causal: bool = False  # each sees those up to it (the attention kernel makes that mask itself)
     cache: KeyValueCache | None = None  # what came before x, which is added to it
-
-    def local(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function` of x (B, T, ...), for a function that takes neighbours in a row for neighbours in the text."""
-        return function(x)
 
 
 # ------------------------------------------------------------------------------------------------- functions
@@ -158,16 +153,12 @@ class NgramEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens (B, T) -> (B, T, C). Left of a text without a cache stand [PAD]s (0), as right of LLaDA's."""
-        return context.local(lambda x: self.embed(x, context.cache and context.cache.tokens), tokens)
-
-    def embed(self, tokens: Tensor, before: Tensor | None) -> Tensor:
-        """`before` (B, left): the tokens on the left, updated in place."""
         B, T = tokens.shape
-        if before is None:
+        if context.cache is None:
             tokens = F.pad(tokens, (self.left, self.right))
         else:
-            tokens = torch.cat([before, tokens], dim=1)
-            before.copy_(tokens[:, -self.left :])
+            tokens = torch.cat([context.cache.tokens, tokens], dim=1)
+            context.cache.tokens.copy_(tokens[:, -self.left :])
         windows = tokens.unfold(1, self.left + 1 + self.right, 1)  # (B, T, window)
         rows = (windows[..., None, :] * self.digits).sum(-1) % self.rows + self.first_rows  # (B, T, kinds)
         if torch.compiler.is_compiling() and B * T == 1:  # compilers cannot fuse the bag's kernel
@@ -185,12 +176,9 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C). Left of a text without a cache stand zeros."""
-        return context.local(lambda x: self.convolve(x, context.cache and context.cache.inputs[self.layer]), x)
-
-    def convolve(self, x: Tensor, before: Tensor | None) -> Tensor:
-        """`before` (B, K-1, C): the inputs on the left, updated in place."""
         (_, T, C), padding = x.shape, self.padding
-        if before is not None:
+        if context.cache is not None:
+            before = context.cache.inputs[self.layer]
             x, padding = torch.cat([before, x], dim=1), 0
             before.copy_(x[:, T:])
             if T == 1:  # a single window needs no convolution kernel

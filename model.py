@@ -72,23 +72,16 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         self.register_buffer("never", torch.arange(config.vocab_size) < NEVER_PREDICTED, persistent=False)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        at: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        context: Context | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, at: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, V), or (N, V) for the N positions `at`, counted through all rows.
 
-        cache (causal models only): `tokens` follow those in it, and are added to it. context: one that was made
-        elsewhere. Raises ValueError for more than block_size positions.
+        cache (causal models only): `tokens` follow those in it, and are added to it. Raises ValueError for more than
+        block_size positions.
         """
-        if context is None:
-            T = tokens.shape[1] + (cache.length if cache is not None else 0)
-            if T > self.config.block_size:
-                raise ValueError(f"{T} positions do not fit the model's block_size of {self.config.block_size}")
-            context = self.encoder.make_context(tokens.shape[1], cache)
+        T = tokens.shape[1] + (cache.length if cache is not None else 0)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} positions do not fit the model's block_size of {self.config.block_size}")
+        context = self.encoder.make_context(tokens.shape[1], cache)
         hidden = self.encoder(tokens, context, at)  # (B, T, C) or (N, C)
         return linear(hidden, self.head).float().masked_fill(self.never, -torch.inf)
 

@@ -76,7 +76,7 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
         raise ArgumentError("segments", "has no effect with --pairs: drop it")
     if args.old_data and base is None:
         raise ArgumentError("old_data", "needs --init-from")
-    kept = {"compile": on_cuda and settings.get("parallel", 1) == 1}
+    kept = {"compile": on_cuda}
     if base is not None:
         preset, kept = fine_tuning_preset(settings["model"]), kept | network_of(base, args)
     elif args.preset == "pretrained":
@@ -99,7 +99,7 @@ def network_of(base: "Checkpoint", args: argparse.Namespace) -> dict:
         raise ArgumentError("model", f"{args.model}: {args.init_from} holds a {base.model.name} model")
     if args.block_size and args.block_size > network.block_size:
         raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
-    names = (*NETWORK, "block_size", "dropout", "ngram_dropout", "parallel", "segments")
+    names = (*NETWORK, "block_size", "dropout", "ngram_dropout", "segments")
     return {name: getattr(network, name) for name in names if getattr(network, name) != "pairs"}
 
 
@@ -112,8 +112,7 @@ def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint", on_cuda
         if name not in MOVABLE and config and value != config[name]:
             problem = f"{value}: the run in {checkpoint.path} has {config[name]}, which cannot change: drop it"
             raise ArgumentError(name, f"{problem} (--steps or --minutes may move the end)")
-    compiled = {"compile": on_cuda and config.get("parallel", 1) == 1}
-    return compiled | {name: value for name, value in settings.items() if name in MOVABLE}
+    return {"compile": on_cuda} | {name: value for name, value in settings.items() if name in MOVABLE}
 
 
 def resume_path(args: argparse.Namespace) -> Path | None:

@@ -6,13 +6,14 @@ Letters: N windows, T positions.
 import torch
 from torch import Tensor
 
+from autoregressive import exact_nll
 from config import SWEEP_STEPS, DecodingConfig, SamplingConfig
 from generation.write import mask_predictor, write
 from likelihood import Likelihood, policy_likelihood
 from model import GPT, Transformer
 from sampler import has_exact_likelihood, policy_of
-from tokenizer import MASK_ID
-from trainer import objective_of, scoring_batch_size
+from tokenizer import MASK_ID, START_ID
+from trainer import scoring_batch_size
 
 Config = SamplingConfig | DecodingConfig
 
@@ -41,7 +42,7 @@ def sampler_likelihood(model: Transformer, windows: Tensor, config: Config, seed
     """
     size = scoring_batch_size(model)
     if isinstance(model, GPT):
-        nats = objective_of(model).nll(model, windows.to(model.device), size).cpu()
+        nats = exact_nll(model, windows.to(model.device), START_ID, size).cpu()
         return Likelihood.from_token_nats([nats]), write_texts(model, 1, windows.shape[1], config, seed)[1]
     exact = has_exact_likelihood(config)
     if not exact and config.order != "random":

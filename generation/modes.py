@@ -90,16 +90,12 @@ def best_loss(checkpoint: Checkpoint) -> float:
 
 
 def prepare(run: WriteRun, writer: GeneratorTransformer) -> None:
-    """Set streams and compile, if asked for. Raises ArgumentError for more texts than there is memory for."""
+    """Compile, if asked for. Raises ArgumentError for more texts than there is memory for."""
     model, name = writer.model, "num_samples" if run.beams is None else "beams"
     config, T = model.config, 1 if run.infill or run.infill_file else min(model.config.block_size, run.length)
     a_row = 8 * run.length + 8 * T * config.n_layer * config.n_embd + 16 * config.vocab_size  # ids, cache, logits
     if problem := memory_problem(a_row * getattr(run, name)):
         raise ArgumentError(name, f"{getattr(run, name)} {problem}: ask for fewer")
-    if run.streams is not None:
-        if not hasattr(model, "set_streams"):
-            raise ArgumentError("streams", "needs a GPT of train.py --parallel, which this one is not")
-        model.set_streams(run.streams)
     if run.compile and (problem := compile_problem(model.device)):
         say(f"not compiled: {problem}")
     elif run.compile:

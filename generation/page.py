@@ -93,7 +93,6 @@ def packed_model(model, tokenizer) -> tuple[dict, bytes]:
     for wrong, problem in (
         (config.arch != "rotary", f"cannot run the network {config.arch}: train one of --arch rotary"),
         (config.lora_rank, "cannot run adapters: merge them into the model with train.py --export"),
-        (config.parallel > 1, "cannot write in streams: train a GPT without --parallel"),
         (config.segments != "window", f"writes running text: train a model without --segments {config.segments}"),
         (any(len(token) != 1 for token in characters[4:]), "knows no subwords: train a model of --tokenizer char"),
     ):

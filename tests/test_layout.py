@@ -122,9 +122,7 @@ def test_only_declared_libraries_are_used_and_slow_ones_imported_where_they_are_
 
 
 # ------------------------------------------------------------------------------------------------- words and lines
-def test_layers_that_serve_everything_name_nothing_that_uses_them():
-    for name in ("layers", "model", "autoregressive", "trainer"):
-        assert not re.findall(r"(?i).*stream.*", MODULES[name].read_text()), name
+def test_views_do_not_ask_which_model_wrote():
     for name in MODULES:
         if name.startswith("generation") and name not in ("generation.write", "generation.page"):  # which runs models
             assert not re.findall(r"\b(?:causal|fills_masks|is_segmented)\b", MODULES[name].read_text()), name
@@ -142,7 +140,7 @@ def test_the_code_is_read_in_an_evening():
 def test_extras_can_be_deleted(tmp_path, corpus_file):
     """The story, the help and a short training stand without them; so does each of them without the others."""
     for name in MODULES:
-        if name.startswith("extras.") and name != "extras.bench":  # which measures streams, if they are there
+        if name.startswith("extras."):
             assert not [other for other in own_imports(name) if other.startswith("extras.")], name
         elif not name.startswith("extras."):
             (tmp_path / MODULES[name].relative_to(ROOT)).parent.mkdir(exist_ok=True)

@@ -696,7 +696,6 @@ def test_the_first_ctrl_c_during_the_final_validation_ends_the_program(corpus_fi
         (["--steps", "1", "--minutes", "1"], ["--steps or minutes"]),
         (["--steps", "1", "--epochs", "1"], ["--epochs", "steps"]),
         (["--model", "gpt", "--sweep-share", "0.5"], ["--sweep-share", "model llada"]),
-        (["--parallel", "2"], ["--parallel", "model gpt"]),
     ],
 )
 def test_bad_flags_get_one_line(run_script, tmp_path, monkeypatch, flags, words):
