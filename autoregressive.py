@@ -167,6 +167,11 @@ class SlidingContext:
         self.start = 0  # first column of the window, as the cache knows it
         self.cache = model.new_cache(B, self.context_len) if use_cache else None
 
+    @property
+    def texts(self) -> Tensor:
+        """(B, end) the prompts and what has been appended."""
+        return self.tokens[:, : self.end]
+
     def next_logits(self) -> Tensor:
         """(B, V): logits of each text's next token."""
         start = window_start(self.end, self.context_len, self.slide)
@@ -177,13 +182,6 @@ class SlidingContext:
         known = start + (self.cache.length if self.cache is not None else 0)
         return self.model(self.tokens[:, known : self.end], cache=self.cache)[:, -1]
 
-    def penalize(self, logits: Tensor, penalty: float) -> Tensor:
-        """(B, V) logits after the repetition penalty for all tokens of each text."""
-        if penalty == 1:
-            return logits
-        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.tokens[:, : self.end], True)
-        return penalize_repetition(logits, seen, penalty)
-
     def append(self, tokens: Tensor) -> None:
         """Write (B,) tokens at the end of the texts."""
         self.tokens[:, self.end] = tokens
@@ -192,8 +190,7 @@ class SlidingContext:
     def select(self, rows: Tensor) -> None:
         """Row b becomes a copy of row rows[b]; there may be more rows than before, or fewer."""
         if self.cache is not None:
-            same = (self.tokens[:, : self.end] == self.tokens[0, : self.end]).all(0)  # columns all rows agree on
-            self.cache.reorder(rows, max(0, int(same.long().cumprod(0).sum()) - self.start))
+            self.cache.reorder(rows)
         self.tokens = self.tokens[rows]
 
 
@@ -221,10 +218,10 @@ def decode(
     generators = row_generators(generator, prompts)
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
     for _ in range(max_out_tokens):
-        logits = context.penalize(context.next_logits(), config.repetition_penalty).cpu()  # (B, V)
-        tokens = draw_tokens(in_float64(logits), torch.ones_like(ended), generators, config)
-        tokens = tokens.masked_fill(ended[:, 0], END_ID)
-        yield tokens, in_float64(logits).softmax(-1)
+        logits = penalize_repetition(context.next_logits(), context.texts, config.repetition_penalty)
+        logits = in_float64(logits.cpu())  # (B, V)
+        tokens = draw_tokens(logits, torch.ones_like(ended), generators, config).masked_fill(ended[:, 0], END_ID)
+        yield tokens, logits.softmax(-1)
         ended |= tokens[:, None] == END_ID
         if ended.all():
             return
@@ -248,12 +245,15 @@ def beam_search(
     scores = torch.zeros(1, device=context.tokens.device)  # (beams,) log-probabilities: one beam until the first step
     finished: list[tuple[float, Tensor]] = [] if max_out_tokens else [(0.0, context.tokens[0])]
     for n in range(1, max_out_tokens + 1):
-        log_probs = context.penalize(context.next_logits().log_softmax(-1), config.repetition_penalty)  # (beams, V)
-        best, beams, tokens = best_continuations(scores[:, None] + log_probs, 2 * config.num_beams)
+        log_probs = context.next_logits().log_softmax(-1)  # (beams, V)
+        log_probs = penalize_repetition(log_probs, context.texts, config.repetition_penalty)
+        # Twice as many as beams: even if the better half all end in [END], enough are left to continue.
+        best, index = (scores[:, None] + log_probs).flatten().topk(min(2 * config.num_beams, log_probs.numel()))
+        beams, tokens = index // log_probs.shape[1], index % log_probs.shape[1]
         possible = best > -torch.inf
         ends = (tokens == END_ID) | (n == max_out_tokens)
         for rank in (ends & possible)[: config.num_beams].nonzero()[:, 0].tolist():
-            ids = torch.cat([context.tokens[beams[rank], : context.end], tokens[rank : rank + 1]])
+            ids = torch.cat([context.texts[beams[rank]], tokens[rank : rank + 1]])
             finished.append((best[rank].item() / n**config.length_penalty, ids))
         finished = sorted(finished, key=lambda pair: -pair[0])[: config.num_beams]
 
@@ -266,15 +266,6 @@ def beam_search(
         context.select(beams[running])
         context.append(tokens[running])
     return [(ids, score) for score, ids in finished[: config.num_return]]
-
-
-def best_continuations(scores: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(beams, V) -> the n best scores, the beams they continue, and the tokens they add; all (n,), best first.
-
-    n is twice the number of beams: even if the better half all end in [END], enough are left to continue.
-    """
-    best, index = scores.flatten().topk(min(n, scores.numel()))
-    return best, index // scores.shape[1], index % scores.shape[1]
 
 
 def search_is_over(config: BeamConfig, finished: list[float], best_running: float, length: int, limit: int) -> bool:

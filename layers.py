@@ -46,17 +46,9 @@ class KeyValueCache:
         values.narrow(2, self.length, v.shape[2]).copy_(v)
         return keys, values
 
-    def reorder(self, rows: Tensor, shared: int = 0) -> None:
-        """Row b becomes a copy of row rows[b] (beam search); the number of rows may change.
-
-        Columns below `shared` are equal in all rows and are not copied unless the number of rows changes.
-        """
-        for stored in (self.keys, self.values):
-            for layer, x in enumerate(stored):
-                if len(rows) != len(x):
-                    stored[layer] = x[rows]
-                else:
-                    x[:, :, shared : self.length] = x[rows, :, shared : self.length]
+    def reorder(self, rows: Tensor) -> None:
+        """Row b becomes a copy of row rows[b] (beam search); the number of rows may change."""
+        self.keys, self.values = ([x[rows] for x in stored] for stored in (self.keys, self.values))
         self.inputs, self.tokens = self.inputs[:, rows], self.tokens[rows]
 
     def clear(self) -> None:

@@ -1,7 +1,7 @@
-"""From logits to tokens, for both models: temperature, top-k, top-p, repetition penalty, one random stream a row.
+"""From logits to tokens, for both models: temperature, top-k, top-p, repetition penalty, one generator a row.
 
-Each row draws from a stream of its own, so that its text does not depend on the batch. All probabilities are float64:
-float32 draws lower the effective temperature (arXiv 2409.02908).
+Each row draws from a generator of its own, so that its text does not depend on the batch. All probabilities are
+float64: float32 draws lower the effective temperature (arXiv 2409.02908).
 
 Letters: B rows, N draws, V vocabulary.
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 from config import LogitsConfig
 
 
-# ------------------------------------------------------------------------------------------------- random streams
+# ------------------------------------------------------------------------------------------------- generators
 def row_generators(
     generator: torch.Generator | list[torch.Generator] | None, tokens: Sequence[Tensor]
 ) -> list[torch.Generator]:
     """One CPU generator for each of B rows of tokens, (T,) each or together (B, T).
 
-    A list of B generators is used as it is. From a single one (None: seed 0), row b's stream follows from a number
-    drawn from it, the row's own tokens and how many equal rows stand above it. So a row gives the same text alone and
-    in any batch, while equal rows still give different samples. Raises ValueError for a wrong number of generators.
+    A list of B generators is used as it is. From a single one (None: seed 0), row b's seed follows from a number drawn
+    from it, the row's own tokens and how many equal rows are above it. So a row gives the same text alone and in any
+    batch, while equal rows still give different samples. Raises ValueError for a wrong number of generators.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != len(tokens):
@@ -54,10 +54,16 @@ def noise(generators: list[torch.Generator], where: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- distributions
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Where seen (N, V), divide positive logits by `penalty` and multiply negative ones (CTRL, arXiv 1909.05858)."""
+def penalize_repetition(logits: Tensor, texts: Tensor, penalty: float, rows: Tensor | slice = slice(None)) -> Tensor:
+    """Divide positive logits (N, V) of ids that are in a text by `penalty`, multiply negative ones (arXiv 1909.05858).
+
+    texts (B, T): ids; `rows` (N,): the text of each of the logits, by default the i-th of the i-th.
+    """
     if penalty == 1.0:
         return logits
+    V = logits.shape[-1]
+    seen = torch.zeros(len(texts), V + 1, dtype=torch.bool, device=texts.device)
+    seen = seen.scatter_(1, texts.clamp(max=V), True)[rows, :V].to(logits.device)  # (N, V)
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -99,21 +105,11 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, (u.to(p) * cumulative[..., -1])[..., None], right=True)[..., 0]
 
 
-def is_excluded(never: Sequence[int], over_vocabulary: Tensor) -> Tensor:
-    """(V,) bool: the ids that are never written, for a tensor (..., V). The mask's id may lie outside of it."""
-    ids = torch.arange(over_vocabulary.shape[-1], device=over_vocabulary.device)
-    return torch.isin(ids, torch.tensor(never, device=ids.device))
-
-
-def draw_tokens(
-    logits: Tensor, where: Tensor, generators: list[torch.Generator], config: LogitsConfig, never: Sequence[int] = ()
-) -> Tensor:
-    """One token for each of logits (N, V), the positions of where (B, T) in row-major order: (N,), none of `never`.
+def draw_tokens(logits: Tensor, where: Tensor, generators: list[torch.Generator], config: LogitsConfig) -> Tensor:
+    """One token for each of logits (N, V), the true positions of where (B, T) in row-major order: (N,).
 
     Temperature 0 takes the likeliest and draws no random number.
     """
-    if len(never):
-        logits = logits.masked_fill(is_excluded(never, logits), -torch.inf)
     if config.temperature == 0:
         return logits.argmax(-1)
     return draw(probabilities(logits, config), noise(generators, where)[where]).to(where.device)

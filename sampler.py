@@ -1,9 +1,9 @@
 """The reverse process: from masked tokens to text, with any predictor `predict(tokens) -> logits`.
 
-`reverse_process` is the loop. Beside it: which positions are revealed next (the orders), and how many (the plan).
-Which tokens are written is decided in logits.py.
+`reverse_process` is the loop. Below it: which positions are revealed first (the orders), and how many at each step (the
+plan). Which tokens are written is decided in logits.py.
 
-Letters: B rows, T positions, V vocabulary, N candidates (all rows together), n masked positions, K steps.
+Letters: B rows, T positions, V vocabulary, K steps; n masked positions and N candidates among them, all rows together.
 """
 
 import math
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from config import SWEEP_STEPS, SamplingConfig
-from logits import draw_tokens, in_float64, is_excluded, noise, penalize_repetition, row_generators
+from logits import draw_tokens, in_float64, noise, penalize_repetition, row_generators
 from utils.errors import ArgumentError
 
 Predict = Callable[[Tensor], Tensor]  # (B, T) -> (B, T, V), row by row
@@ -49,55 +50,53 @@ def reverse_process(
     """Write a token wherever tokens (B, T) hold `mask_token_id`; yield the state after every step, the last unmasked.
 
     predict maps (b, T) tokens to (b, T, V) logits for any rows of the batch. Given tokens never change, wherever they
-    stand. [MASK] itself and the ids in `never` are never written. config: how to sample; `settings` are fields of it
-    that replace its own. generator: each row has its own random stream (see `row_generators`), so that its text does
-    not depend on the batch. Raises ArgumentError, at the first step, for settings that do not fit the tokens.
+    are. [MASK] itself and the ids in `never` are never written. config: how to sample; `settings` are fields of it that
+    replace its own. generator: each row draws from its own (see `row_generators`), so that its text does not depend on
+    the batch. Raises ArgumentError, at the first step, for settings that do not fit the tokens.
     """
     config = replace(config or SamplingConfig(), **settings)
-    given, never, nfe = tokens != mask_token_id, sorted({mask_token_id, *never}), 0
-    generators, plan = row_generators(generator, tokens), make_plan(~given, config)
+    given, never, nfe = tokens != mask_token_id, {mask_token_id, *never}, 0
+    plan, generators = make_plan(~given, config), row_generators(generator, tokens)
 
-    def look(masked: Tensor) -> tuple[Tensor, list[torch.Generator], Tensor]:
-        """One network evaluation of the rows that have masks: these rows, their generators, logits (n, V)."""
+    def evaluate(masked: Tensor) -> Tensor:
+        """One network evaluation of the rows in which masked (B, T) is true anywhere: (n, V) logits where it is."""
         nonlocal nfe
         nfe += 1 if config.cfg_scale == 0 else 2
-        rows = masked.any(1).nonzero()[:, 0]
+        rows = masked.any(1)
         seen = tokens.masked_fill(masked, mask_token_id)[rows]
         logits = guided(predict, seen, given[rows], mask_token_id, config.cfg_scale)
-        logits = with_a_choice(in_float64(logits[masked[rows].to(logits.device)]).to(tokens.device), never)
-        return rows, [generators[b] for b in rows], penalized(logits, seen, masked[rows], config.repetition_penalty)
+        logits = in_float64(logits[masked[rows].to(logits.device)]).to(tokens.device)
+        logits[:, [token for token in never if token < logits.shape[1]]] = -torch.inf
+        return penalize_repetition(logits, seen, config.repetition_penalty, masked[rows].nonzero()[:, 0])
 
     if given.all():
         yield Step(tokens, ~given, ~given, torch.empty(0, 0, dtype=torch.float64), nfe)
     while (masked := tokens == mask_token_id).any():
-        rows, own, logits = look(masked)  # 1. predict
+        logits = evaluate(masked)  # 1. predict
         p = logits.softmax(-1)
-        where, turn, count = plan.next(masked, rows)  # 2. candidates, and how many to reveal
-        inside = where[masked[rows]]  # (n,)
-        candidates = Candidates(where, turn, own, p[inside].masked_fill(is_excluded(never, p), 0.0))
-        if config.order == "drawn_confidence":  # the drawn tokens decide the positions
-            drawn = draw_tokens(logits[inside], where, own, config, never)
-            candidates.drawn_p = p[inside].gather(1, drawn[:, None])[:, 0]
-            chosen = choose(config, candidates, count)
+        where, count = next_candidates(plan, masked)  # 2. order: which positions may be revealed, and how many of them
+        among = where[masked]  # (n,) bool, N true
+        candidates = Candidates(where, p[among], p[among].amax(-1), plan.sweep_step, generators)
+        if config.order == "drawn_confidence":  # draw at all candidates: the drawn tokens decide the positions
+            drawn = draw_tokens(logits[among], where, generators, config)
+            candidates.confidence = candidates.p.gather(1, drawn[:, None])[:, 0]
+            chosen = choose(candidates, count, config)
             written = drawn[chosen[where]]
         else:
-            chosen = choose(config, candidates, count)
-            written = draw_tokens(logits[chosen[masked[rows]]], chosen, own, config, never)
-        revealed = torch.zeros_like(masked)
-        revealed[rows] = chosen
-        tokens = tokens.masked_scatter(revealed, written)  # 3. reveal
-        yield Step(tokens, revealed, masked, p, nfe)
+            chosen = choose(candidates, count, config)
+            written = draw_tokens(logits[chosen[masked]], chosen, generators, config)  # 3. draw
+        tokens = tokens.masked_scatter(chosen, written)  # 4. reveal
+        yield Step(tokens, chosen, masked, p, nfe)
 
-    # 4. Correct: blocked Gibbs sampling of the model's own conditionals. Each position is drawn anew, given all others
+    # 5. Correct: blocked Gibbs sampling of the model's own conditionals. Each position is drawn anew, given all others
     # but those far away that are drawn with it. With true conditionals this leaves the distribution of texts as it is.
     correction = replace(config, temperature=config.correct_temperature)
     group = ((~given).cumsum(1) - 1) % CORRECTION_STEPS
     for k in [*range(CORRECTION_STEPS)] * config.correct:
         masked = ~given & (group == k)
         if masked.any():
-            _, own, logits = look(masked)
-            written = draw_tokens(logits, masked[masked.any(1)], own, correction, never)
-            tokens = tokens.masked_scatter(masked, written)
+            logits = evaluate(masked)
+            tokens = tokens.masked_scatter(masked, draw_tokens(logits, masked, generators, correction))
             yield Step(tokens, masked, masked, logits.softmax(-1), nfe)
 
 
@@ -109,33 +108,16 @@ def guided(predict: Predict, tokens: Tensor, given: Tensor, mask_token_id: int, 
     return torch.where(c == -torch.inf, c, u + (scale + 1) * (c - u))  # -inf - -inf is no number
 
 
-def penalized(logits: Tensor, tokens: Tensor, masked: Tensor, penalty: float) -> Tensor:
-    """logits (n, V) of the masked positions after the repetition penalty for the tokens (B, T) of their rows."""
-    if penalty == 1.0:
-        return logits
-    V = logits.shape[-1]
-    seen = torch.zeros(len(tokens), max(V, int(tokens.max()) + 1), dtype=torch.bool, device=tokens.device)
-    seen = seen.scatter_(1, tokens, True)[:, :V]  # (B, V)
-    return penalize_repetition(logits, seen[masked.nonzero()[:, 0]], penalty)
-
-
-def with_a_choice(logits: Tensor, never: list[int]) -> Tensor:
-    """logits (n, V), but where every token that may be written has -inf, all of these are equally likely."""
-    excluded = is_excluded(never, logits)
-    hopeless = (logits.isneginf() | excluded).all(-1, keepdim=True)  # (n, 1)
-    return logits.masked_fill(hopeless & ~excluded, 0.0) if hopeless.any() else logits
-
-
 # ------------------------------------------------------------------------------------------------- which positions
 @dataclass
 class Candidates:
     """The masked positions that may be revealed now."""
 
-    where: Tensor  # (B, T) bool, true N times: the masked positions of each row's current block
-    turn: Tensor  # (B, T) the step at which the sweep reveals each position
-    generators: list[torch.Generator] | None = None  # one a row
-    p: Tensor | None = None  # (N, V) float64 probabilities of the network, row-major as in `where`
-    drawn_p: Tensor | None = None  # (N,) the share of p of the token that was drawn; of the order drawn_confidence
+    where: Tensor  # (B, T) bool, true N times
+    p: Tensor  # (N, V) float64 probabilities of the network, row-major as in `where`
+    confidence: Tensor  # (N,) p of the likeliest token; of the drawn one for the order drawn_confidence
+    sweep_step: Tensor  # (B or 1, T) the step at which the sweep reveals each position
+    generators: list[torch.Generator]  # one a row
 
 
 def random_order(candidates: Candidates) -> Tensor:
@@ -143,19 +125,14 @@ def random_order(candidates: Candidates) -> Tensor:
     return noise(candidates.generators, candidates.where)[candidates.where]
 
 
-def drawn_confidence_order(candidates: Candidates) -> Tensor:
-    """Probability of the token that was drawn: LLaDA's low-confidence remasking (arXiv 2502.09992, Alg. 5)."""
-    return candidates.drawn_p
-
-
 def confidence_order(candidates: Candidates) -> Tensor:
-    """Probability of the likeliest token. Equal to `drawn_confidence` at temperature 0."""
-    return candidates.p.amax(-1)
+    """p of the likeliest token, or of the drawn one: LLaDA's low-confidence remasking (arXiv 2502.09992, Alg. 5)."""
+    return candidates.confidence
 
 
 def left_order(candidates: Candidates) -> Tensor:
     """Left to right."""
-    return -candidates.where.nonzero()[:, 1].double()
+    return -candidates.where.nonzero()[:, 1]
 
 
 def sweep_order(candidates: Candidates) -> Tensor:
@@ -164,13 +141,12 @@ def sweep_order(candidates: Candidates) -> Tensor:
     Tokens far apart hardly depend on each other. Related: dilated unmasking (arXiv 2506.19037), parallelized
     autoregression of images (arXiv 2412.15119).
     """
-    T = candidates.where.shape[1]
-    return -candidates.turn[candidates.where].double() - candidates.where.nonzero()[:, 1].double() / T
+    return -candidates.sweep_step.expand_as(candidates.where)[candidates.where]
 
 
 ORDERS: dict[str, Callable[[Candidates], Tensor]] = {  # name -> (N,) scores, best first
     "random": random_order,
-    "drawn_confidence": drawn_confidence_order,
+    "drawn_confidence": confidence_order,
     "confidence": confidence_order,
     "left": left_order,
     "sweep": sweep_order,
@@ -178,7 +154,7 @@ ORDERS: dict[str, Callable[[Candidates], Tensor]] = {  # name -> (N,) scores, be
 EXACT_ORDERS = ("confidence", "left", "sweep")  # their positions follow from what is visible
 
 
-def choose(config: SamplingConfig, candidates: Candidates, count: Tensor) -> Tensor:
+def choose(candidates: Candidates, count: Tensor, config: SamplingConfig) -> Tensor:
     """(B, T) bool: the count[b] best candidates of each row, and all that reach the threshold, if there is one.
 
     Equal scores go from left to right, whatever the batch.
@@ -189,8 +165,7 @@ def choose(config: SamplingConfig, candidates: Candidates, count: Tensor) -> Ten
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     chosen = rank < count[:, None]
     if config.threshold is not None:  # Fast-dLLM, arXiv 2505.22618, Alg. 1
-        confidence = candidates.p.amax(-1) if candidates.drawn_p is None else candidates.drawn_p
-        chosen = chosen.masked_scatter(where, chosen[where] | (confidence >= config.threshold))
+        chosen = chosen.masked_scatter(where, chosen[where] | (candidates.confidence >= config.threshold))
     return chosen
 
 
@@ -221,39 +196,23 @@ class Plan(NamedTuple):
     """The steps of B rows, fixed before the first one."""
 
     block: Tensor  # (B, T) the block of each masked position; T elsewhere. Blocks are filled one after the other
-    turn: Tensor  # (B, T) the step of its block at which the sweep reveals a position
+    sweep_step: Tensor  # (B, T) the step of its block at which the sweep reveals a position
     remaining: Tensor  # (B, K) the masks that are left in the row after each step; never rises
-
-    def next(self, masked: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the next step of `rows` (b,), which all have masks, may reveal: where, turn (b, T), and count (b,).
-
-        The next step is the first one that has something to reveal: a threshold may have revealed more than planned.
-        """
-        masked, block, remaining = masked[rows], self.block[rows], self.remaining[rows]
-        left = masked.sum(1, keepdim=True)  # (b, 1)
-        k = (remaining >= left).sum(1, keepdim=True)  # the first planned step that leaves fewer masks than there are
-        current = block.masked_fill(~masked, block.shape[1]).amin(1, keepdim=True)
-        return masked & (block == current), self.turn[rows], (left - remaining.gather(1, k))[:, 0]
 
 
 def make_plan(masked: Tensor, config: SamplingConfig) -> Plan:
     """The plan of rows with masked (B, T) at the start. Raises ArgumentError if the settings do not fit a row."""
-    (B, T), remaining = masked.shape, []
-    block, turn = torch.full((B, T), T), torch.zeros(B, T, dtype=torch.long)
-    for b, positions in enumerate(row.nonzero()[:, 0] for row in masked.cpu()):
-        remaining.append([len(positions)])
-        if len(positions):
-            labels = (positions - positions[0]) // (config.block_length or T)
-            block[b, positions] = labels = labels.unique(return_inverse=True)[1]  # without masks: no block
-            sizes, turns = labels.bincount().tolist(), []
-            for size, steps in zip(sizes, steps_of_blocks(sizes, config), strict=True):
-                turns.append(torch.arange(size) % steps)
-                for count in counts_of_block(size, steps, config):
-                    remaining[b].append(remaining[b][-1] - count)
-            turn[b, positions] = torch.cat(turns)
-    longest = max(map(len, remaining))
-    remaining = torch.tensor([left[1:] + [0] * (longest - len(left) + 1) for left in remaining])
-    return Plan(*(x.to(masked.device) for x in (block, turn, remaining)))
+    T, remaining = masked.shape[1], []
+    block, sweep_step = torch.full(masked.shape, T), torch.zeros(masked.shape, dtype=torch.long)
+    for b, row in enumerate(masked.cpu()):
+        positions, counts = row.nonzero()[:, 0], [0]
+        labels = (positions - positions[:1]) // (config.block_length or T)
+        sizes = labels.unique_consecutive(return_counts=True)[1].tolist()  # a block without masks is none
+        for i, (part, steps) in enumerate(zip(positions.split(sizes), steps_of_blocks(sizes, config), strict=True)):
+            block[b, part], sweep_step[b, part] = i, torch.arange(len(part)) % steps
+            counts += counts_of_block(len(part), steps, config)
+        remaining.append(len(positions) - torch.tensor(counts).cumsum(0))
+    return Plan(*(x.to(masked.device) for x in (block, sweep_step, pad_sequence(remaining, batch_first=True))))
 
 
 def steps_of_blocks(sizes: list[int], config: SamplingConfig) -> list[int]:
@@ -268,12 +227,25 @@ def steps_of_blocks(sizes: list[int], config: SamplingConfig) -> list[int]:
 
 
 def counts_of_block(size: int, steps: int, config: SamplingConfig) -> list[int]:
-    """How many of a block's `size` masks are revealed at each step. The sweep's counts are those of its turns."""
+    """How many of a block's `size` masks are revealed at each step. The sweep's counts are uniform, too."""
     if isinstance(config.schedule, str):
         return SCHEDULES[config.schedule](size, steps)
     if sum(config.schedule) != size:
         raise ArgumentError("schedule", f"reveals {sum(config.schedule)} positions, but {size} are masked")
     return list(config.schedule)
+
+
+def next_candidates(plan: Plan, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """What the next step may reveal while masked (B, T): candidates (B, T) bool, and how many of them, (B,).
+
+    Candidates are the masked positions of a row's first block that has any. The next step is the first one planned that
+    reveals something: a threshold may have revealed more than planned.
+    """
+    left = masked.sum(1, keepdim=True)  # (B, 1)
+    k = (plan.remaining >= left).sum(1, keepdim=True).clamp(max=plan.remaining.shape[1] - 1)
+    count = left - plan.remaining.take_along_dim(k, dim=1)
+    current = plan.block.masked_fill(~masked, masked.shape[1]).amin(1, keepdim=True)
+    return masked & (plan.block == current), count[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------- likelihoods
@@ -300,10 +272,9 @@ def policy_of(
         raise ValueError(f"with order {config.order} there is no exact likelihood")
 
     def policy(logits: Tensor, masked: Tensor, step: int) -> Tensor:
-        plan = Plan(*(x.expand(len(masked), -1) for x in make_plan(torch.ones_like(masked[:1]), config)))
-        where, turn, count = plan.next(masked, torch.arange(len(masked), device=masked.device))
-        needs_p = config.order == "confidence" or config.threshold is not None
-        p = in_float64(logits)[where.to(logits.device)].softmax(-1) if needs_p else None
-        return choose(config, Candidates(where, turn, [generator] * len(masked), p), count)
+        plan = make_plan(torch.ones_like(masked[:1]), config)  # one for all rows
+        where, count = next_candidates(plan, masked)
+        p = in_float64(logits[where]).softmax(-1)
+        return choose(Candidates(where, p, p.amax(-1), plan.sweep_step, [generator] * len(masked)), count, config)
 
     return policy
