@@ -66,22 +66,27 @@ def compute_llada_loss(
 ) -> Tensor:
     """LLaDA's loss (arXiv 2502.09992, eq. 3): (1/(B T)) sum over masked positions of cross-entropy / t.
 
-    logits (B, T, V), or (N, V) for just the N masked positions in order; targets (B, T). mask: (B, T) bool, or the N
-    masked positions counted through all rows (a GPU need not be waited for). t: a float, (B,), or (B, T) if positions
-    were masked with probabilities of their own; a t that was not drawn uniformly must be multiplied by its density.
+    logits (B, T, V), or (N, V) for just the N masked positions in order; targets (B, T). mask (B, T) bool: if it is on
+    the CPU, a GPU need not be waited for. t: a float, (B,), or (B, T) if positions were masked with probabilities of
+    their own; a t that was not drawn uniformly must be multiplied by its density.
 
     In expectation over t and masks it is an upper bound on the negative log-likelihood, in nats/token. The sum is
     divided by all B T tokens, never by the number of masked ones, and by t once. Any other division weights sequences
     by their t, and the result bounds nothing. With `units` (B,), the sum is divided by their sum and not by B T: with
     each row's characters of text, the loss is in nats/character.
     """
-    at = mask.flatten().nonzero()[:, 0] if mask.dtype == torch.bool else mask  # (N,)
+    at = positions_of(mask).to(targets.device)
     if logits.dim() == 3:
         logits = logits.flatten(0, 1)[at]
     t = torch.as_tensor(t, dtype=logits.dtype, device=logits.device)
     t = (t[:, None] if t.dim() == 1 else t).expand_as(targets).flatten()[at]  # (N,)
     losses = F.cross_entropy(logits, targets.flatten()[at], reduction="none")
     return (losses / t).sum() / (targets.numel() if units is None else units.sum())
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """The N true positions of mask (B, T), counted through all rows: (N,)."""
+    return mask.flatten().nonzero()[:, 0]
 
 
 def sweep_masks(
@@ -117,29 +122,19 @@ def full_context(rows: Rows) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(tokens.shape[1], device=tokens.device) > rows.given[:, None]
 
 
-def with_start(predict: Predict) -> Predict:
-    """A predictor of tokens (B, T) that shows [START] in front of them to `predict`."""
-
-    def predict_after_start(tokens: Tensor) -> Tensor:
-        return predict(F.pad(tokens, (1, 0), value=START_ID))[:, 1:]
-
-    return predict_after_start
-
-
 # ------------------------------------------------------------------------------------------------- for the trainer
 class MaskedBatch(NamedTuple):
     """A batch: everything random in it has been drawn."""
 
     inputs: Tensor  # (B, T) with [MASK]s
     targets: Tensor  # (B, T)
-    mask: Tensor  # (B, T) bool; on the device: (N,), the masked positions counted through all rows
-    t: Tensor  # (B, T) the probabilities by which the masked positions' cross-entropies are divided
+    mask: Tensor  # (B, T) bool, always on the CPU: masked positions are counted there, and a GPU is not waited for
+    divisors: Tensor  # (B, T) by which the masked positions' cross-entropies are divided: see `compute_llada_loss`'s t
     units: Tensor  # (B,) the mean number of characters in a row of the whole batch: its parts weigh alike
 
     def on(self, device: torch.device) -> "MaskedBatch":
-        """The batch on a device. Positions are counted on the CPU, before: a GPU need not be waited for."""
-        batch = self._replace(mask=self.mask.flatten().nonzero()[:, 0])
-        return MaskedBatch(*(x.to(device, non_blocking=True) for x in batch))
+        """The batch on a device, except for the mask."""
+        return MaskedBatch(*(x.to(device, non_blocking=True) for x in self))._replace(mask=self.mask)
 
 
 @dataclass(frozen=True)
@@ -165,28 +160,29 @@ class DiffusionObjective:
         """
         targets, may_mask = full_context(rows)
         n = round({"val_loss": 0.0, "train_loss": self.sweep_share, "sampler_loss": 1.0}[purpose] * len(targets))
-        u = sample_t(len(targets) - n, generator, power=T_POWER)
-        _, mask = forward_process(targets[n:], u, MASK_ID, generator)
-        t = (u * density_of_t(u, T_POWER))[:, None].expand_as(mask)
+        t = sample_t(len(targets) - n, generator, power=T_POWER)
+        _, mask = forward_process(targets[n:], t, MASK_ID, generator)
+        divisors = (t * density_of_t(t, T_POWER))[:, None].expand_as(mask)
         if n:
             decay = 0.0 if purpose == "sampler_loss" else SWEEP_DECAY
-            sweeps, sweep_t = sweep_masks(may_mask[:n], generator, decay=decay)
-            mask, t = torch.cat([sweeps, mask]), torch.cat([sweep_t, t])
+            sweeps, sweep_divisors = sweep_masks(may_mask[:n], generator, decay=decay)
+            mask, divisors = torch.cat([sweeps, mask]), torch.cat([sweep_divisors, divisors])
         mask = mask & may_mask
         units = rows.characters.float().mean().expand(len(targets))
-        return MaskedBatch(targets.masked_fill(mask, MASK_ID), targets, mask, t, units)
+        return MaskedBatch(targets.masked_fill(mask, MASK_ID), targets, mask, divisors, units)
 
     def predict(self, model: Callable[..., Tensor], batch: MaskedBatch) -> Tensor:
         """Logits (N, V) of the masked positions alone: the model's last MLP and head skip the others."""
-        return model(batch.inputs, at=batch.mask)
+        return model(batch.inputs, at=positions_of(batch.mask).to(batch.inputs.device))
 
     def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
         """nats/character, see `make_batch`."""
-        return compute_llada_loss(logits, batch.targets, batch.mask, batch.t, batch.units)
+        return compute_llada_loss(logits, batch.targets, batch.mask, batch.divisors, batch.units)
 
     def weighted_targets(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """(N,) targets and (N,) weights: `loss` is the sum of weights times cross-entropies."""
-        return batch.targets.flatten()[batch.mask], 1 / batch.t.flatten()[batch.mask] / batch.units.sum()
+        at = positions_of(batch.mask).to(batch.targets.device)
+        return batch.targets.flatten()[at], 1 / batch.divisors.flatten()[at] / batch.units.sum()
 
     def likelihood(
         self, predict: Predict, batches: list[Rows], *, pairs: int = 8, batch_size: int = 128, seed: int = 0
@@ -197,16 +193,20 @@ class DiffusionObjective:
         prompts, see `conditional_bound`. Raises ValueError if there is no text.
         """
         batches = [rows for rows in batches if rows.tokens.numel()]
+        if not batches:
+            raise ValueError("there is no text to score")
         settings = {"pairs": pairs, "batch_size": batch_size, "generator": torch.Generator().manual_seed(seed)}
-        characters = torch.cat([rows.characters for rows in batches]) if batches else torch.zeros(0)
-        if not batches or batches[0].given is None:
-            return likelihood_bound(predict, [rows.tokens for rows in batches], MASK_ID, **settings).per(characters)
-        predict = with_start(predict)
-        contexts = [tuple(x[:, 1:] for x in full_context(rows)) for rows in batches]
-        if any(rows.given.any() for rows in batches):
-            parts = [conditional_bound(predict, tokens, free, MASK_ID, **settings) for tokens, free in contexts]
-            return Likelihood.join(parts).per(characters)
-        return likelihood_bound(predict, [tokens for tokens, _ in contexts], MASK_ID, **settings).per(characters)
+        windows, may_mask = zip(*map(full_context, batches), strict=True)
+        scored = predict
+        if batches[0].given is not None:  # [START] is seen, not scored
+            windows, may_mask = ([x[:, 1:] for x in part] for part in (windows, may_mask))
+            scored = lambda tokens: predict(F.pad(tokens, (1, 0), value=START_ID))[:, 1:]  # noqa: E731
+        if all(mask.all() for mask in may_mask):
+            result = likelihood_bound(scored, windows, MASK_ID, **settings)
+        else:  # prompts are given
+            parts = zip(windows, may_mask, strict=True)
+            result = Likelihood.join([conditional_bound(scored, *part, MASK_ID, **settings) for part in parts])
+        return result.per(torch.cat([rows.characters for rows in batches]))
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Predict = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V)
 Policy = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, T, V), masked (B, T), step -> to reveal (B, T)
-DRAWS_PER_COUNT = 2  # at least so many masks for every count m: each is compared with the mean of the others
+DRAWS_PER_COUNT = 2  # masks for every count m, at least: each is compared with the mean of the others
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -31,25 +32,20 @@ class Likelihood:
     """Negative log-likelihood of N windows in nats; `is_bound`: an upper bound, else exact.
 
     `token_nats` (N, T) is each token's share (0 beyond a window's end and where nothing is counted), `window_nats` (N,)
-    each window's total, `characters` (N,) the characters of text that its counted tokens stand for. `draws` (only of
-    `likelihood_bound`) is what the bound was computed from, see `curve_of`.
+    each window's total, `characters` (N,) the characters of text that its counted tokens are. `curve` (T + 1,), only of
+    `likelihood_bound`, is the masking curve of all windows of the first length, c(0) = 0.
     """
 
     token_nats: Tensor
     window_nats: Tensor
     characters: Tensor
     is_bound: bool
-    draws: tuple[Tensor, Tensor, Tensor] | None = None
+    curve: Tensor | None = None
 
     @property
     def nats_per_char(self) -> float:
         """Total nats over total characters: every character counts once, whatever its window."""
         return float(self.window_nats.sum() / self.characters.sum())
-
-    @property
-    def curve(self) -> Tensor:
-        """The masking curve (T + 1,): c(m) of all windows of the first length, c(0) = 0."""
-        return curve_of(*self.draws)
 
     @property
     def ci95(self) -> tuple[float, float]:
@@ -60,40 +56,33 @@ class Likelihood:
     @classmethod
     def from_token_nats(cls, token_nats: list[Tensor], is_bound: bool = False) -> "Likelihood":
         """From the (N, T) nats of each token, a list with one tensor for each window length. A token is a character."""
-        return cls.join([
-            cls(nats.double(), nats.double().sum(1), torch.full((len(nats),), nats.shape[1]), is_bound)
-            for nats in token_nats
-        ])
+        parts = [nats.double() for nats in token_nats]
+        return cls.join([cls(x, x.sum(1), torch.full((len(x),), x.shape[1]), is_bound) for x in parts])
 
     def per(self, characters: Tensor) -> "Likelihood":
-        """The same for windows of so many characters, (N,): tokens may stand for several of them, or for none."""
+        """The same for windows of `characters` (N,) characters: a token may be several of them, or none."""
         return replace(self, characters=characters.cpu())
 
     @classmethod
     def join(cls, parts: list["Likelihood"]) -> "Likelihood":
         """Windows of several lengths as one; the curve is that of the first part."""
         T = max(part.token_nats.shape[1] for part in parts)
-        return cls(
-            torch.cat([torch.nn.functional.pad(part.token_nats, (0, T - part.token_nats.shape[1])) for part in parts]),
-            torch.cat([part.window_nats for part in parts]),
-            torch.cat([part.characters for part in parts]),
-            parts[0].is_bound,
-            parts[0].draws,
-        )
+        token_nats = torch.cat([F.pad(part.token_nats, (0, T - part.token_nats.shape[1])) for part in parts])
+        window_nats, characters = (torch.cat([getattr(p, x) for p in parts]) for x in ("window_nats", "characters"))
+        return cls(token_nats, window_nats, characters, parts[0].is_bound, parts[0].curve)
 
 
-def standard_error(window_nats: Tensor, characters: Tensor) -> float:
-    """Standard error of sum(window_nats) / sum(characters), a ratio of means over windows; infinite for one window."""
+def half_width95(window_nats: Tensor, characters: Tensor) -> float:
+    """Half the width of the 95 % interval of sum(window_nats) / sum(characters), a ratio of means over windows.
+
+    By Student's t; infinite for one window.
+    """
     N = len(window_nats)
     if N < 2:
         return math.inf
     residuals = window_nats - characters * (window_nats.sum() / characters.sum())
-    return float((residuals.square().sum() * N / (N - 1)).sqrt() / characters.sum())
-
-
-def half_width95(window_nats: Tensor, characters: Tensor) -> float:
-    """Half the width of the 95 % interval of sum(window_nats) / sum(characters) over windows, by Student's t."""
-    return student_t(len(window_nats) - 1) * standard_error(window_nats, characters)
+    standard_error = float((residuals.square().sum() * N / (N - 1)).sqrt() / characters.sum())
+    return student_t(N - 1) * standard_error
 
 
 def student_t(freedom: int) -> float:
@@ -103,7 +92,7 @@ def student_t(freedom: int) -> float:
     (2.145, 1.998)
     """
     if freedom < 3:
-        return {1: 12.706, 2: 4.303}.get(freedom, math.inf)
+        return {1: 12.706, 2: 4.303}[freedom]
     z, f = 1.959964, freedom
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + terms[0] / f + terms[1] / f**2 + terms[2] / f**3
@@ -144,38 +133,22 @@ def bound_from_masks(
     drawn = torch.bincount(counts.flatten(), minlength=T)  # (T,)
     if (drawn[1:] < DRAWS_PER_COUNT).any() or len(drawn) > T or drawn[0]:
         raise ValueError(f"masks must mask every count of 1..{T - 1} positions at least twice, and neither 0 nor all")
-    fully_masked = torch.full_like(windows[:1], mask_token_id)
-    all_masked = cross_entropies(predict, fully_masked, windows)  # (N, T)
+    all_masked = target_nats(predict(torch.full_like(windows[:1], mask_token_id)), windows)  # (N, T)
     token_nats = all_masked / T
-    means = torch.empty(N, K, dtype=torch.float64)  # mean CE of each mask
-    flat_masks, flat_counts = masks.flatten(0, 1), counts.flatten()
+    means = torch.empty(N * K, dtype=torch.float64)  # the mean cross-entropy of each mask
     for start in range(0, N * K, batch_size):
         rows = torch.arange(start, min(start + batch_size, N * K))
-        mask, targets, m = flat_masks[rows].to(windows.device), windows[rows // K], flat_counts[rows]
-        ce = cross_entropies(predict, targets.masked_fill(mask, mask_token_id), targets)  # (b, T)
-        ce = ce.masked_fill(~mask.cpu(), 0.0)
-        means.view(-1)[rows] = ce.sum(1) / m
-        token_nats.index_add_(0, rows // K, ce * (N / (m * drawn[m]).double())[:, None])
-    curve = curve_of(counts, means, all_masked)
+        mask, targets, m = masks.flatten(0, 1)[rows], windows[rows // K], counts.flatten()[rows]
+        logits = predict(targets.masked_fill(mask.to(targets.device), mask_token_id))  # (b, T, V)
+        nats = target_nats(logits, targets).masked_fill(~mask, 0.0)  # (b, T)
+        means[rows] = nats.sum(1) / m
+        token_nats.index_add_(0, rows // K, nats * (N / (m * drawn[m]).double())[:, None])
+    totals = torch.zeros(T, dtype=torch.float64).index_add_(0, counts.flatten(), means)
+    curve = torch.cat([totals / drawn.clamp(min=1), all_masked.mean()[None]])  # c(0) = 0, c(1), ..., c(T)
     others = (drawn / (drawn - 1).clamp(min=1))[counts]  # turns x - mean into x - mean of the others
-    particular = ((means - curve[counts]) * others).sum(1) / max(K, 1)
+    particular = ((means.view(N, K) - curve[counts]) * others).sum(1) / max(K, 1)
     window_nats = all_masked.mean(1) + curve[1:T].sum() + (T - 1) * particular
-    return Likelihood(token_nats, window_nats, torch.full((N,), T), True, (counts, means, all_masked))
-
-
-def curve_of(counts: Tensor, means: Tensor, all_masked: Tensor) -> Tensor:
-    """The masking curve c(0) = 0, c(1), ..., c(T) from the masks' counts and mean cross-entropies, both (N, K), and
-    the cross-entropies (N, T) of the fully masked window. NaN where a count was not drawn."""
-    T = all_masked.shape[1]
-    totals = torch.zeros(T, dtype=torch.float64).index_add_(0, counts.flatten(), means.flatten())
-    averages = totals / torch.bincount(counts.flatten(), minlength=T)
-    averages[0] = 0
-    return torch.cat([averages, all_masked.mean()[None]])
-
-
-def cross_entropies(predict: Predict, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of targets (B, T) given inputs (B or 1, T): (B, T) float64 nats, on the CPU."""
-    return target_nats(predict(inputs), targets)
+    return Likelihood(token_nats, window_nats, torch.full((N,), T), True, curve)
 
 
 def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -207,12 +180,12 @@ def likelihood_bound(
     windows), and one for each length. The same generator state gives the same masks, whatever the batch size.
     Raises ValueError if there is nothing to score.
     """
-    if not any(part.numel() for part in windows):
+    windows = [part for part in windows if part.numel()]
+    if not windows:
         raise ValueError("there is no text to score")
     parts = []
-    for part in (part for part in windows if part.numel()):
-        N, T = part.shape
-        masks = complementary_masks(N, T, pairs_needed(N, T, pairs), generator)
+    for part in windows:
+        masks = complementary_masks(*part.shape, pairs_needed(*part.shape, pairs), generator)
         parts.append(bound_from_masks(predict, part, masks, mask_token_id, batch_size))
     return Likelihood.join(parts)
 
@@ -247,8 +220,8 @@ def conditional_bound(
     token_nats = torch.zeros(N, T, dtype=torch.float64)
     for rows in torch.arange(N * K).split(batch_size):
         mask, targets = masks.flatten(0, 1)[rows], windows[rows // K]
-        ce = cross_entropies(predict, targets.masked_fill(mask.to(targets.device), mask_token_id), targets)  # (b, T)
-        token_nats.index_add_(0, rows // K, ce.masked_fill(~mask, 0.0) * weights.flatten()[rows, None])
+        nats = target_nats(predict(targets.masked_fill(mask.to(targets.device), mask_token_id)), targets)  # (b, T)
+        token_nats.index_add_(0, rows // K, nats.masked_fill(~mask, 0.0) * weights.flatten()[rows, None])
     return Likelihood(token_nats, token_nats.sum(1), n[:, 0], is_bound=True)
 
 
@@ -292,8 +265,7 @@ def policy_likelihood(
     for start in range(0, len(windows), batch_size):
         targets = windows[start : start + batch_size]
         rows = torch.arange(start, start + len(targets))
-        masked = torch.ones_like(targets, dtype=torch.bool)
-        step = 0
+        masked, step = torch.ones_like(targets, dtype=torch.bool), 0
         while len(rows):
             logits = predict(targets.masked_fill(masked, mask_token_id))
             reveal = policy(logits, masked, step)

@@ -102,7 +102,7 @@ class Evaluation:
             scale = self.T / float(self.rows[0].characters.double().mean())
             windows = {name: scale * result.token_nats[: self.N, : self.T] for name, result in self.results.items()}
             entries["positions"] = {name: nats.mean(0).tolist() for name, nats in windows.items()}
-            bounds = {name: result for name, result in self.results.items() if result.draws is not None}
+            bounds = {name: result for name, result in self.results.items() if result.curve is not None}
             entries["masking_curve"] = {name: (scale * result.curve[1:]).tolist() for name, result in bounds.items()}
         return entries
 

@@ -13,7 +13,6 @@ from data import Rows
 from diffusion import (
     MIN_T,
     DiffusionObjective,
-    MaskedBatch,
     compute_llada_loss,
     density_of_t,
     forward_process,
@@ -63,39 +62,36 @@ def test_loss_integral_is_the_subset_sum_is_the_mean_over_all_orders():
 def test_the_loss_by_hand_in_all_its_forms():
     """Two masked of four: (CE_1 / t + CE_2 / t) / (B T), whatever the count of masked, and in nats per unit.
 
-    Masks as (B, T) bool or as indices (N,), logits of all positions or of the masked ones, t of all shapes.
+    Logits of all positions or of the masked ones, t of all shapes.
     """
     logits = torch.randn(2, T, V, generator=seeded())
     targets, mask = torch.zeros(2, T, dtype=torch.long), torch.zeros(2, T, dtype=torch.bool)
     mask[0, 0] = mask[1, 1] = True
     ce = -logits.log_softmax(-1)[..., 0]
     expected = float(ce[0, 0] / 0.5 + ce[1, 1] / 0.25)
-    t, at = torch.tensor([0.5, 0.25]), mask.flatten().nonzero()[:, 0]
-    for some_logits, some_mask, some_t in itertools.product(
-        (logits, logits[mask]), (mask, at), (t, t[:, None].expand(2, T))
-    ):
-        loss = compute_llada_loss(some_logits, targets, some_mask, some_t)
+    t = torch.tensor([0.5, 0.25])
+    for some_logits, some_t in itertools.product((logits, logits[mask]), (t, t[:, None].expand(2, T))):
+        loss = compute_llada_loss(some_logits, targets, mask, some_t)
         assert loss.item() == pytest.approx(expected / 8)
-        per_unit = compute_llada_loss(some_logits, targets, some_mask, some_t, torch.tensor([3.0, 2.0]))
+        per_unit = compute_llada_loss(some_logits, targets, mask, some_t, torch.tensor([3.0, 2.0]))
         assert per_unit.item() == pytest.approx(expected / 5)
     assert compute_llada_loss(logits, targets, mask, 0.5).item() == pytest.approx(float(ce[mask].sum() / 0.5 / 8))
 
 
-def test_on_a_device_a_batch_holds_the_indices_of_its_masked_positions():
-    """So that nothing has to wait for a GPU; all functions of the objective take either form."""
+def test_the_objective_takes_logits_of_the_masked_positions_and_leaves_the_mask_on_the_cpu():
+    """So that nothing has to wait for a GPU."""
     objective = DiffusionObjective(0.5)
     batch = objective.make_batch(text_rows(8, 64), seeded(), "train_loss")
-    there = batch.on(torch.device("cpu"))
-    assert isinstance(there, MaskedBatch)
-    assert torch.equal(there.mask, batch.mask.flatten().nonzero()[:, 0])
     logits = torch.randn(8, 64, 9)
     loss = objective.loss(logits, batch)
-    chosen = objective.predict(lambda tokens, at: logits.flatten(0, 1)[at], there)
-    torch.testing.assert_close(objective.loss(chosen, there), loss)
-    targets, weights = objective.weighted_targets(there)
+    chosen = objective.predict(lambda tokens, at: logits.flatten(0, 1)[at], batch)
+    torch.testing.assert_close(objective.loss(chosen, batch), loss)
+    targets, weights = objective.weighted_targets(batch)
     losses = torch.nn.functional.cross_entropy(chosen, targets, reduction="none")
     torch.testing.assert_close((losses * weights).sum(), loss)
-    assert {x.device.type for x in batch.on(torch.device("meta"))} == {"meta"}
+    there = batch.on(torch.device("meta"))
+    assert there.mask is batch.mask
+    assert {x.device.type for x in there._replace(mask=there.divisors)} == {"meta"}
 
 
 def test_forward_process_marginals():
@@ -125,7 +121,7 @@ def test_t_is_stratified_and_uniform_or_drawn_and_weighed_by_its_density():
     for power in (1, 2):  # E of f(t) / density is the integral of f
         assert (t**power / density_of_t(t, 2.0)).mean().item() == pytest.approx(1 / (power + 1), abs=2e-3)
     batch = DiffusionObjective().make_batch(text_rows(4000, 16), generator)
-    assert (batch.mask / batch.t).mean().item() == pytest.approx(1, abs=0.01)  # an evenly weighted cross-entropy
+    assert (batch.mask / batch.divisors).mean().item() == pytest.approx(1, abs=0.01)  # an evenly weighted cross-entropy
 
 
 # ------------------------------------------------------------------------------------------------- sweeps
@@ -177,9 +173,7 @@ def test_sweeps_look_as_the_default_sampler_meets_a_text(monkeypatch):
     may_mask = torch.arange(100) >= 7
     masks, _ = sweeps_from(0, may_mask, SWEEP_STEPS, 0.7, monkeypatch)
     tokens = torch.where(may_mask, MASK, 0)[None]
-    steps = reverse_process(
-        lambda tokens: torch.zeros(*tokens.shape, V), tokens, MASK, SamplingConfig(correct=0)
-    )
+    steps = reverse_process(lambda tokens: torch.zeros(*tokens.shape, V), tokens, MASK, SamplingConfig(correct=0))
     assert torch.equal(masks, torch.cat([step.masked for step in steps]))
 
 
@@ -189,7 +183,7 @@ def test_sweeps_are_a_share_of_the_training_batch_and_of_nothing_else():
     assert DiffusionObjective().scores == ("val_loss",)
     for purpose, sweeps in (("train_loss", 6), ("sampler_loss", 8), ("val_loss", 0)):
         batch = objective.make_batch(rows, seeded(), purpose)
-        assert [bool(t.isinf().any()) for t in batch.t] == [True] * sweeps + [False] * (8 - sweeps)
+        assert [bool(row.isinf().any()) for row in batch.divisors] == [True] * sweeps + [False] * (8 - sweeps)
         assert torch.equal(batch.inputs, batch.targets.masked_fill(batch.mask, MASK_ID))
     plain, same = (DiffusionObjective(share).make_batch(rows, seeded(1)) for share in (0.75, 0))
     assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
