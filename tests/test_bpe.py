@@ -1,9 +1,10 @@
 """Byte-level BPE: merges by hand, parity with the tokenizers library, lossless round trips, existing files."""
 
-import builtins
+import importlib
 import itertools
 import json
 import re
+import sys
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -92,20 +93,26 @@ def test_special_tokens_and_bytes_come_first(bpe):
 
 
 def test_training_is_deterministic_and_takes_parts_of_text():
-    states = [train_bpe(iter(texts), 400).to_dict() for texts in ([PROSE], [PROSE], PROSE.splitlines(keepends=True))]
-    assert states[0] == states[1]
-    assert len(json.loads(states[2]["tokenizer_json"])["model"]["vocab"]) == 400
+    one, two, lines = (train_bpe(iter(texts), 400) for texts in ([PROSE], [PROSE], PROSE.splitlines(keepends=True)))
+    assert one.to_dict() == two.to_dict()
+    assert lines.vocab_size == 400
 
 
 @pytest.mark.parametrize("text", [PROSE, *HARD], ids=["prose", *map(str, range(len(HARD)))])
-def test_ids_of_the_library_and_round_trip(bpe, text):
-    library = library_of(bpe)
-    ids = bpe.encode(text)
-    assert np.array_equal(ids, library.encode(text, add_special_tokens=False).ids)
-    assert ids.dtype == bpe.dtype
-    assert bpe.decode(ids) == text == library.decode(ids.tolist())
-    assert bpe.characters_per_token[ids].sum() == len(text)
-    assert (ids >= len(SPECIAL_TOKENS)).all()
+def test_ids_of_the_library_and_round_trip(bpe, read, text):
+    """Of our own file, and of a foreign one, whose special tokens are at the end: its ids are permuted."""
+    foreign = read(byte_level())
+    assert [int(foreign.our_id[library_of(foreign).token_to_id(name)]) for name in NAMES] == [504, 0, 1, 2, 3, 505]
+    assert foreign.our_id[:500].tolist() == list(range(4, 504))
+    assert bpe.our_id.tolist() == list(range(600))
+    for tokenizer in (bpe, foreign):
+        ids, library = tokenizer.encode(text), library_of(tokenizer)
+        expected = np.array(library.encode(text, add_special_tokens=False).ids, dtype=int)
+        assert np.array_equal(ids, tokenizer.our_id[expected])
+        assert ids.dtype == tokenizer.dtype
+        assert tokenizer.decode(ids) == text == library.decode(expected.tolist())
+        assert tokenizer.characters_per_token[ids].sum() == len(text)
+        assert (ids >= len(SPECIAL_TOKENS)).all()
 
 
 @examples
@@ -134,22 +141,14 @@ def test_parts_do_not_change_the_ids(split, newline, monkeypatch, read):
     assert np.array_equal(tokenizer.encode(text), whole)
 
 
-def failing_texts():
-    yield "text"
-    raise ValueError("text.txt: not UTF-8 text")
-
-
 @pytest.mark.parametrize(
     ("use", "problem"),
     [
-        (lambda: SMALL.encode("\ud83d."), r"lone surrogate '\\ud83d' at position 0: not UTF-8 text"),
         (lambda: SMALL.encode("xxx\ud83d.", start=20), r"lone surrogate '\\ud83d' at position 23: not UTF-8 text"),
         (lambda: train_bpe(["\ud83d."], 300), "surrogates not allowed"),
         (lambda: train_bpe(["text"], 259), "vocab_size must be at least 260"),
-        (lambda: train_bpe(failing_texts(), 300), r"^text\.txt: not UTF-8 text$"),  # of the reader of the text
         (lambda: SMALL.decode([SMALL.vocab_size]), r"ids must be integers in 0\.\."),
         (lambda: SMALL.decode([-1]), r"ids must be integers in 0\.\."),
-        (lambda: SMALL.decode([0.5]), r"ids must be integers in 0\.\."),
     ],
 )
 def test_what_cannot_be_used_is_refused(use, problem):
@@ -188,36 +187,14 @@ def test_state_is_plain_and_gives_the_same_tokenizer(bpe):
             type(tokenizer).from_dict({**state, "special_tokens": ["[PAD]"]})
 
 
-def test_without_the_library_there_is_one_line(bpe, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments, **keywords):
-        if name == "tokenizers":
-            raise ImportError(name)
-        return real(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    state = bpe.to_dict()
-    for use, arguments in ((train_bpe, ([""], 300)), (read_tokenizer, [__file__]), (BPETokenizer.from_dict, [state])):
-        with pytest.raises(ValueError, match=r"BPE needs the tokenizers library: pip install tokenizers==0\.23\.3$"):
-            use(*arguments)
+def test_without_the_library_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.delitem(sys.modules, "extras.bpe")
+    with pytest.raises(ValueError, match=r"^BPE needs the tokenizers library: pip install tokenizers==0\.23\.3$"):
+        importlib.import_module("extras.bpe")
 
 
 # ------------------------------------------------------------------------------------------------- existing files
-def test_ids_of_an_existing_file_are_permuted(bpe, read):
-    assert read(library_of(bpe)).our_id.tolist() == list(range(600))
-    library = byte_level()
-    tokenizer = read(library)
-    assert tokenizer.vocab_size == 506
-    assert [int(tokenizer.our_id[library.token_to_id(name)]) for name in NAMES] == [504, 0, 1, 2, 3, 505]
-    assert tokenizer.our_id[:500].tolist() == list(range(4, 504))
-    for text in (PROSE, *HARD):
-        ids = tokenizer.encode(text)
-        expected = np.array(library_of(tokenizer).encode(text, add_special_tokens=False).ids, dtype=int)
-        assert np.array_equal(ids, tokenizer.our_id[expected])
-        assert tokenizer.decode(ids) == text
-
-
 @pytest.mark.parametrize("names", [["<|endoftext|>"], ["<pad>", "<mask>", "<s>", "</s>"], SPECIAL_TOKENS[1:]])
 def test_a_file_without_our_special_tokens_is_refused_with_what_adds_them(read, names):
     library = byte_level(names)
@@ -226,7 +203,6 @@ def test_a_file_without_our_special_tokens_is_refused_with_what_adds_them(read, 
     with pytest.raises(ValueError, match=r"json: .* it lacks special tokens: add them in Python with ") as caught:
         read(library)
     (missing,) = re.findall(r"add_special_tokens\((\[.*\])\)", str(caught.value))
-    assert missing == str([name for name in SPECIAL_TOKENS if name not in names])
     library.add_special_tokens(json.loads(missing.replace("'", '"')))
     assert read(library).vocab_size == 504 + len(set(names) - set(SPECIAL_TOKENS))
 
