@@ -63,6 +63,7 @@ def test_round_trip(tmp_path, name, settings):
 
 def adapted(base: Checkpoint) -> Checkpoint:
     """The model with adapters that change it, and a head that calibration has scaled."""
+    torch.manual_seed(0)  # of the adapters
     other = small()
     other.model = continued(base.model, ModelConfig(**(base.model.config.to_dict() | {"lora_rank": 2})))
     for p in other.model.parameters():
