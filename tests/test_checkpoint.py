@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from checkpoint import (
     SCALE,
     TABLES,
     Checkpoint,
+    CheckpointWriter,
     checkpoint_file,
     continued,
     export_weights,
@@ -214,6 +217,17 @@ def test_weights_that_are_not_finite_and_failed_writes_leave_the_file_that_was_t
         save_checkpoint(tmp_path / "last.pt", small())
     assert (tmp_path / "last.pt").read_bytes() == before
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_run_that_goes_on_in_another_folder_has_a_best_there(tmp_path, is_taken):
+    history = [{"step": 1, "val_loss": 1.0}, {"step": 3, "val_loss": 2.0}]
+    trainer = SimpleNamespace(history=history, checkpoint=lambda: replace(small(), history=history))
+    if is_taken:
+        save_checkpoint(tmp_path / "new/best.pt", small())
+    CheckpointWriter(trainer, tmp_path / "new", tmp_path / "old/last.pt").on_validation(history[-1])
+    assert load_checkpoint(tmp_path / "new/best.pt").history == history
+    assert (tmp_path / "new.1/best.pt").is_file() == is_taken
 
 
 def test_runs_are_found_by_model_and_without_one_the_pretrained_unless_a_folder_was_named(tmp_path, monkeypatch):
