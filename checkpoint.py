@@ -5,12 +5,10 @@ extras/ is imported here, so that the story need not know it.
 """
 
 import json
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -24,7 +22,7 @@ from tokenizer import SimpleTokenizer, Tokenizer
 from utils.console import say
 from utils.devices import memory_problem, pick_device
 from utils.errors import ArgumentError, check_number
-from utils.files import LockedError, atomic_write, check_seal, locked, seal, sha256_of
+from utils.files import atomic_write, check_seal, locked, seal, sha256_of
 
 FORMAT = 3
 ENTRIES = {  # of the dictionary in a file, and their types
@@ -57,10 +55,9 @@ def continued(base: Transformer, config: ModelConfig) -> Transformer:
     """A new network with the weights of `base`, without its adapters. Only the vocabulary may be larger.
 
     The rows, n-grams and logits of old ids stay as they are, bit for bit. A new id's row of the head is the mean of
-    those of the old ids. Its logit is then the mean of their logits. So it is at most as likely as they are on average
-    (Jensen), and never forbidden: the loss on old text grows by at most log(1 + new / old). Its embedding is the mean
-    too (Hewitt 2021, "Initializing new word embeddings"), with noise of a tenth of their standard deviation, so that
-    new ids differ. "Old ids" are those that can be predicted. Raises ArgumentError for a smaller vocabulary.
+    the old ones, so its logit is the mean of theirs: the loss on old text grows by at most log(1 + new / old) (Jensen).
+    Its embedding is the mean too (Hewitt 2021, "Initializing new word embeddings"), with noise of a tenth of their
+    standard deviation, so that new ids differ. Raises ArgumentError for a smaller vocabulary.
     """
     check_number("vocab_size", config.vocab_size, low=base.config.vocab_size)
     state, new = merged(base).state_dict(), config.vocab_size - base.config.vocab_size
@@ -105,35 +102,17 @@ class Checkpoint:
     path: Path | None = None
 
 
-def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path` atomically: if this fails, the file that was there stays."""
-    write_state(path, checkpoint, checkpoint.model.state_dict(), checkpoint.training)
+def save_checkpoint(
+    path: str | Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None, base: dict | None = None
+) -> None:
+    """Write `checkpoint` to `path` atomically, with its hash at the end: if this fails, the file that was there stays.
 
-
-def export_weights(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a model to use and not to train on: its weights in half precision, the rows of n-gram tables in 8 bits."""
-    weights = merged(checkpoint.model).state_dict()
-    half = {name: tensor.half() for name, tensor in weights.items()}
-    if TABLES in weights:
-        rows = weights[TABLES]
-        half[SCALE] = (rows.abs().amax(1) / 127).clamp(min=1e-8).half().clamp(min=2**-24)  # (rows,), one for each
-        half[TABLES] = (rows / half[SCALE].float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-    write_state(path, checkpoint, half, {})
-
-
-def save_adapters(path: str | Path, checkpoint: Checkpoint, base: dict) -> None:
-    """Write what a model with adapters has learned, alone. base: {"path", "sha256"} of the checkpoint it began from."""
-    from extras.lora import adapter_state
-
-    write_state(path, checkpoint, adapter_state(checkpoint.model), {}, base)
-
-
-def write_state(path: str | Path, checkpoint: Checkpoint, weights: dict, training: dict, base: dict | None = None):
-    """Write a checkpoint's file with these weights and this training state, and its hash at the end.
-
-    Raises ValueError for weights that are not finite, and OSError.
+    weights: to write these instead of the model's, without the training state. base: {"path", "sha256"} of the
+    checkpoint that has the weights which are missing. Raises ValueError for weights that are not finite, and OSError.
     """
     path, model = Path(path), checkpoint.model
+    training = checkpoint.training if weights is None else {}
+    weights = model.state_dict() if weights is None else weights
     check_finite(path, weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     values = FORMAT, model.name, model.config.to_dict(), base, weights, checkpoint.tokenizer.to_dict()
@@ -145,6 +124,17 @@ def write_state(path: str | Path, checkpoint: Checkpoint, weights: dict, trainin
         except RuntimeError as error:  # which torch makes of an OSError, such as that of a full disk
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         seal(temporary)
+
+
+def export_weights(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a model to use and not to train on: its weights in half precision, the rows of n-gram tables in 8 bits."""
+    weights = merged(checkpoint.model).state_dict()
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    if TABLES in weights:
+        rows = weights[TABLES]
+        half[SCALE] = (rows.abs().amax(1) / 127).clamp(min=1e-8).half().clamp(min=2**-24)  # (rows,), one for each
+        half[TABLES] = (rows / half[SCALE].float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    save_checkpoint(path, checkpoint, half)
 
 
 def check_finite(path: Path, weights: dict[str, Tensor]) -> None:
@@ -166,19 +156,20 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resumi
     base = base_of(path, state["base"]) if state["base"] else None
     try:
         config, tokenizer = ModelConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
-        check_sizes(state, config, tokenizer)
-        weights = state["model"]
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
+        if problem := memory_problem(least_bytes(state["name"], config)):
+            raise ValueError(f"it {problem}")
         with torch.random.fork_rng(devices=[]):  # the first weights are replaced: leave the generator as it was
             model = new_model(state["name"], config) if base is None else continued(base, config)
-        if base is not None:
-            from extras.lora import adapter_state
-
-            frozen = model.state_dict().keys() - adapter_state(model).keys()
-            weights = {name: model.state_dict()[name] for name in frozen} | weights
-        model.load_state_dict(weights)
+        weights = state["model"]
+        if SCALE in weights:
+            weights[TABLES] = weights[TABLES] * weights.pop(SCALE).float()[:, None]
+        model.load_state_dict(weights if base is None else model.state_dict() | weights)
     except (TypeError, KeyError, ValueError, RuntimeError) as error:  # other fields, sizes, weights or tokenizer
         problem = " ".join(str(error).split())[:200]  # torch's are several lines
         raise ValueError(f"{path}: of another version of the network ({problem}): train it again") from None
+    check_finite(path, model.state_dict())
     rest = {name: state[name] for name in ("corpus", "step", "history", "training")}
     model = model if resuming else merged(model)
     return Checkpoint(model.to(device).eval(), tokenizer, **rest, path=path)
@@ -197,7 +188,7 @@ def checkpoint_file(path: str | Path, names: tuple[str, ...] = RUN_FILES) -> Pat
 
 
 def read_state(path: Path) -> dict:
-    """The dictionary in a checkpoint's file, verified: its hash, its entries and their types, finite weights."""
+    """The dictionary in a checkpoint's file, verified: its hash, its entries and their types."""
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; train one with `python train.py`")
     check_seal(path)
@@ -205,37 +196,14 @@ def read_state(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a foreign file
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}): train it again") from None
-    known = isinstance(state, dict) and state.keys() == ENTRIES.keys()
-    if not known or not all(isinstance(state[name], kind) for name, kind in ENTRIES.items()):
-        raise ValueError(f"{path}: not a checkpoint of this version (other entries): train it again")
-    if state["format"] != FORMAT or state["name"] not in MODELS:
+    is_ours = isinstance(state, dict) and state.keys() == ENTRIES.keys()
+    is_ours = is_ours and all(isinstance(state[name], kind) for name, kind in ENTRIES.items())
+    if not is_ours or state["format"] != FORMAT or state["name"] not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
     for config in (state["config"], state["training"].get("config", {})):
         if config.get("parallel") == 1:  # of an option that is gone; with another value the file is refused
             del config["parallel"]
-    for name, tensor in state["model"].items():
-        kinds = (torch.float32, torch.float16, *([torch.int8] if name == TABLES and SCALE in state["model"] else []))
-        if not isinstance(tensor, Tensor) or tensor.dtype not in kinds:
-            raise ValueError(f"{path}: {name} is no tensor of float32 or float16: train it again")
-    check_finite(path, state["model"])
-    if SCALE in state["model"]:
-        scale, rows = state["model"].pop(SCALE).float(), state["model"].get(TABLES, torch.zeros(0, 0))
-        if scale.shape != rows.shape[:1]:
-            raise ValueError(f"{path}: {SCALE} has {len(scale)} rows, its table {len(rows)}: train it again")
-        state["model"][TABLES] = rows * scale[:, None]
     return state
-
-
-def check_sizes(state: dict, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Raise ValueError, before it is built, for a network that does not fit its tokenizer, weights or this machine."""
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
-    if problem := memory_problem(least_bytes(state["name"], config)):
-        raise ValueError(f"it {problem}")
-    needed = least_bytes(state["name"], replace(config, block_size=1))
-    held = sum(4 * tensor.numel() for tensor in state["model"].values())
-    if not state["base"] and needed > 1.1 * held:
-        raise ValueError(f"its network would have {needed:,} bytes of weights, and the file holds {held:,}")
 
 
 def base_of(path: Path, base: dict) -> Transformer:
@@ -278,89 +246,65 @@ def newest_checkpoint(out: str | Path | None = None, name: str | None = None) ->
 
 # ------------------------------------------------------------------------------------------------- a run's folder
 class CheckpointWriter:
-    """Writes a run's files: last.pt and metrics.jsonl at every validation, best.pt when it is the best so far.
+    """Writes a run's files: best.pt (if it is the best so far), metrics.jsonl and last.pt at every validation.
 
-    `trainer` is a `trainer.Trainer`, of which only step, history and checkpoint() are used. If `folder` holds another
-    run, that is moved aside when the first checkpoint of this one is written.
+    last.pt is the last of them: what a killed process had written before, the resumed run writes again. `trainer` is a
+    `trainer.Trainer`, of which only history and checkpoint() are used. If `folder` holds another run, that is moved
+    aside when the first checkpoint of this one is written.
     """
 
     def __init__(self, trainer, folder: Path, resumed_from: Path | None = None):
-        self.trainer, self.folder, self.resumed_from = trainer, folder, resumed_from
-        self.best = folder / "best.pt"
+        self.trainer, self.folder, self.best = trainer, folder, folder / "best.pt"
         self.is_new = resumed_from is None or resumed_from.resolve().parent != folder.resolve()
         self.saved = time.monotonic()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep the folder to this process inside the block, and complete what a killed process left there.
+        """Keep the folder to this process inside the block, and delete the temporary files of a killed one.
 
-        Raises ArgumentError if another process trains into it or nothing can be written to it.
+        Raises ArgumentError if nothing can be written to it, ValueError if another process trains into it.
         """
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.folder.with_name(f".{self.folder.name}.lock")))
-            except LockedError as error:
-                problem = f"{self.folder}: {error} trains into it: wait for it, or choose another folder"
-                raise ArgumentError("out", problem) from None
-            except OSError as error:
-                raise ArgumentError("out", f"{self.folder}: cannot write there ({error.strerror})") from None
-            check_writable("out", self.folder)
-            self.complete()
+        check_writable("out", self.folder)
+        with locked(self.folder.with_name(f".{self.folder.name}.lock")):
+            for leftover in self.folder.glob("*.part"):
+                leftover.unlink()
             yield
-
-    def complete(self) -> None:
-        """Delete the temporary files of a killed process, and write what it had yet to write after last.pt."""
-        for leftover in self.folder.glob("*.part"):
-            leftover.unlink()
-        history = self.trainer.history
-        if not self.is_new and self.resumed_from.name == "last.pt" and history:
-            self.write_history()
-            if history[-1]["step"] == self.trainer.step:
-                self.save_best()
 
     def on_validation(self, record: dict) -> None:
         """Save the state of this validation."""
-        self.save_last()
-        self.save_best()
-
-    def save_best(self) -> None:
-        """Make best.pt the state in last.pt, if its record is the best so far: a hard link, else a copy.
-
-        A link is safe, because checkpoints are only ever replaced and never modified in place.
-        """
         losses = list(map(deciding_loss, self.trainer.history))
-        if losses[-1] <= min(losses) or not self.best.exists():  # at first, or in another folder
-            with atomic_write(self.best) as temporary:
-                try:
-                    os.link(self.folder / "last.pt", temporary)
-                except OSError:
-                    shutil.copyfile(self.folder / "last.pt", temporary)
+        if losses[-1] <= min(losses) or self.is_new or not self.best.exists():  # the best may be in another folder
+            self.save("best.pt")
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
+        self.save_last()
 
     def save_last(self) -> None:
-        """Write last.pt and metrics.jsonl."""
-        if self.is_new and any(self.folder.glob("*.pt")):
-            aside = next(p for i in count(1) if not (p := self.folder.with_name(f"{self.folder.name}.{i}")).exists())
-            self.folder.rename(aside)
-            say(f"the run that was in {self.folder} is now in {aside}")
-        self.is_new = False
-        save_checkpoint(self.folder / "last.pt", self.trainer.checkpoint())
-        self.write_history()
+        """Write last.pt."""
+        self.save("last.pt")
         self.saved = time.monotonic()
-
-    def write_history(self) -> None:
-        """Write metrics.jsonl."""
-        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
 
     def save_if_older(self, seconds: float) -> None:
         """`save_last`, if the last time is so long ago."""
         if time.monotonic() - self.saved >= seconds:
             self.save_last()
 
+    def save(self, name: str) -> None:
+        """Write the state to a file of the folder; before the first time, move another run aside."""
+        if self.is_new and any(self.folder.glob("*.pt")):
+            aside = next(p for i in count(1) if not (p := self.folder.with_name(f"{self.folder.name}.{i}")).exists())
+            self.folder.rename(aside)
+            say(f"the run that was in {self.folder} is now in {aside}")
+        self.is_new = False
+        save_checkpoint(self.folder / name, self.trainer.checkpoint())
+
     def save_summary(self, summary: dict) -> None:
         """Write summary.json; of a run that trained adapters also adapters.pt, the best ones alone."""
         best = load_checkpoint(self.best, resuming=True)
         if best.model.config.lora_rank:
-            save_adapters(self.folder / "adapters.pt", best, summary["fine_tuning"]["base"])
+            from extras.lora import adapter_state
+
+            base = summary["fine_tuning"]["base"]
+            save_checkpoint(self.folder / "adapters.pt", best, adapter_state(best.model), base)
         self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
@@ -382,7 +326,7 @@ def check_writable(argument: str, folder: Path) -> None:
 def deciding_loss(record: dict) -> float:
     """The loss of a validation by which best.pt is chosen: that of what the sampler writes, where it is trained.
 
-    Losses are those of the weights as they were trained. Calibrated ones, which exist at the end alone, never decide.
+    Calibrated losses, which exist at the end alone, never decide.
 
     >>> deciding_loss({"val_loss": 1.6}), deciding_loss({"val_loss": 1.6, "sampler_loss": 1.4})
     (1.6, 1.4)

@@ -8,7 +8,6 @@ Letters: N rows, B rows of a batch, T tokens of a row.
 """
 
 import hashlib
-import mmap
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenizer import END_ID, PAD_ID, SimpleTokenizer, Tokenizer
-from utils.console import counted, run_program, say
+from utils.console import counted, say
 from utils.download import download
 from utils.errors import ArgumentError
 from utils.files import SEAL_BYTES, FileText, atomic_write, check_seal, seal, sha256_of
@@ -46,7 +45,6 @@ class Corpus:
     sha256: str  # of the UTF-8 text
     tokenizer: Tokenizer
     ids: Tensor  # (tokens,), unsigned integers
-    mapping: mmap.mmap | None = None  # where `ids` are, if they are memory-mapped
 
     @property
     def characters(self) -> int:
@@ -57,11 +55,6 @@ class Corpus:
     def ends(self) -> np.ndarray:
         """The position in the text at which each token ends, (tokens,)."""
         return np.cumsum(self.tokenizer.characters_per_token[self.ids.numpy()])
-
-    def forget_pages(self) -> None:
-        """Drop the pages of a memory-mapped text from resident memory, where every window read leaves some."""
-        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
 
     def split(self, val_fraction: float) -> tuple[Tensor, Tensor]:
         """(training part, validation part) of the ids. The last `val_fraction` of the text is for validation."""
@@ -140,8 +133,7 @@ def load_corpus(
     if names == ["pydoc"]:
         from pydoc_data.topics import topics
 
-        text = "\n\n".join(topics[key] for key in sorted(topics))
-        return corpus_from_text("pydoc", text, make_tokenizer)
+        return corpus_from_text("pydoc", "\n\n".join(topics[key] for key in sorted(topics)), make_tokenizer)
     if names == ["tinyshakespeare"]:
         path = CACHE / "tinyshakespeare.txt"
         if not path.exists() or sha256_of(path) != TINYSHAKESPEARE_SHA256:
@@ -210,10 +202,9 @@ def load_files(texts: FileText, name: str, make_tokenizer: MakeTokenizer | None 
             with open(temporary, "wb") as file:
                 file.writelines(tokenizer.encode(text) for text in texts)
             seal(temporary)
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch wants a writable array
-    ids = np.frombuffer(mapping, tokenizer.dtype, (len(mapping) - SEAL_BYTES) // tokenizer.dtype.itemsize)
-    return Corpus(name, sha256.hexdigest(), tokenizer, torch.from_numpy(ids), mapping)
+    length = (path.stat().st_size - SEAL_BYTES) // tokenizer.dtype.itemsize
+    ids = np.memmap(path, tokenizer.dtype, "c", shape=length)  # copy-on-write: torch wants a writable array
+    return Corpus(name, sha256.hexdigest(), tokenizer, torch.from_numpy(ids))
 
 
 def load_same_corpus(known: dict, segments: str, tokenizer: Tokenizer, name: str | None = None) -> Corpus:
@@ -261,7 +252,7 @@ def window_rows(tokens: Tensor, tokenizer: Tokenizer) -> Rows:
     return Rows(tokens, torch.from_numpy(tokenizer.characters_per_token)[tokens].sum(1))
 
 
-class RowSource(torch.utils.data.Dataset):
+class RowSource:
     """Where rows come from. Each has `rows(indices)`, `rows_per_epoch` and `characters_per_row` (a mean)."""
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Rows:
@@ -269,7 +260,7 @@ class RowSource(torch.utils.data.Dataset):
         return self.rows(torch.randint(len(self), (batch_size,), generator=generator))
 
 
-class ShakespeareDataset(RowSource):
+class ShakespeareDataset(RowSource, torch.utils.data.Dataset):
     """Windows of seq_length ids, `stride` apart: item i is the LongTensor (seq_length,) that starts at i * stride.
 
     `text` is a string, or ids that are already encoded. Raises ValueError if it is shorter than one window.
@@ -298,7 +289,7 @@ class ShakespeareDataset(RowSource):
 
 
 class RowDataset(RowSource):
-    """N rows that end with [END]. Item i is row i without its padding, (length,)."""
+    """N rows that end with [END], then [PAD]."""
 
     def __init__(self, rows: list[list[int]], characters: list[int], given: list[int], seq_length: int):
         """rows: ids of each row, at most seq_length; characters, given: see `Rows`."""
@@ -310,10 +301,6 @@ class RowDataset(RowSource):
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def __getitem__(self, index: int) -> Tensor:
-        row = self.tokens[index].long()
-        return row[row != PAD_ID]
 
     def rows(self, indices: Tensor) -> Rows:
         """The rows of the given indices (B,)."""
@@ -359,16 +346,3 @@ def segment_rows(text: str, tokenizer: Tokenizer, seq_length: int, separator: st
             characters.append(len(piece))
         characters[-1] += len(end)
     return RowDataset(rows, characters, [0] * len(rows), seq_length)
-
-
-def main() -> None:
-    """Print the default corpus: its vocabulary, its beginning encoded and decoded, the sizes of both parts."""
-    corpus = load_corpus()
-    ids, tokenizer, (train, val) = corpus.ids[:40].numpy(), corpus.tokenizer, corpus.split(0.2)
-    print(f"{corpus.name}: {len(train):,} characters to train, {len(val):,} to validate")
-    print(f"vocabulary  {tokenizer.vocab_size} ids: 4 special tokens and {tokenizer.characters!r}")
-    print(f"encoded     {ids.tolist()}\ndecoded     {tokenizer.decode(ids)!r}")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -222,7 +222,6 @@ class Trainer:
         For the first `short_share` of the run windows are cut into SHORT_PARTS, if T allows it.
         """
         rows = self.train_set.sample(self.config.batch_size, self.generator)
-        self.corpus.forget_pages()
         T = rows.tokens.shape[1]
         if rows.given is None and done < self.config.short_share and T % SHORT_PARTS == 0:
             return window_rows(rows.tokens.view(-1, T // SHORT_PARTS), self.corpus.tokenizer)

@@ -12,6 +12,11 @@ import numpy as np
 
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
+try:
+    import tokenizers
+except ImportError:
+    raise ValueError("BPE needs the tokenizers library: pip install tokenizers==0.23.3") from None
+
 # Parts of a text, to bound the memory of encoding: cut before a word that begins a line, as GPT-2 and GPT-4 always do
 PART = re.compile(r"(?s).{65536}.*?(?<=\S\n)(?=\S)|.+")
 # GPT-2's table: these bytes stand for themselves in tokens, the others are U+0100, U+0101, ...
@@ -23,16 +28,15 @@ BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted({*range(0x100)}
 class BPETokenizer(Tokenizer):
     """A tokenizer whose tokens stand for strings of bytes; after SPECIAL_TOKENS they are in the order of the file.
 
-    tokenizer_json: the library's format. `our_id` maps the file's ids to ours. Raises ValueError if the library is
-    missing, cannot read the file, or the file lacks one of SPECIAL_TOKENS.
+    tokenizer_json: the library's format. `our_id` maps the file's ids to ours. Raises ValueError if the library cannot
+    read the file, or the file lacks one of SPECIAL_TOKENS.
     """
 
     source, is_exact = "tokenizer_json", False
 
     def __init__(self, tokenizer_json: str):
-        library = import_tokenizers()
         try:
-            self._library = library.Tokenizer.from_str(tokenizer_json)
+            self._library = tokenizers.Tokenizer.from_str(tokenizer_json)
             self._library.model.dropout = None  # of merges, at random
         except Exception as error:  # the library raises no narrower class; other models than BPE have no dropout
             raise ValueError(f"no BPE in the tokenizers library's format ({error})") from None
@@ -67,17 +71,13 @@ class BPETokenizer(Tokenizer):
         """
         if lone := re.search("[\ud800-\udfff]", text):
             raise ValueError(f"lone surrogate {lone[0]!r} at position {start + lone.start()}: not UTF-8 text")
-        parts = [self._encode_part(part) for part in PART.findall(text)]
-        ids = np.concatenate([np.zeros(0, self.dtype), *parts])
+        parts = [self._library.encode(part, add_special_tokens=False).ids for part in PART.findall(text)]
+        ids = np.concatenate([np.zeros(0, self.dtype), *(self.our_id[part].astype(self.dtype) for part in parts)])
         if (decoded := self.decode(ids)) != text:
             position = next(i for i, (a, b) in enumerate(zip_longest(text, decoded)) if a != b)
             where = f"{text[position : position + 8]!r} at position {start + position}"
             raise ValueError(f"{where} does not survive encoding")
         return ids
-
-    def _encode_part(self, text: str) -> np.ndarray:
-        ids = np.array(self._library.encode(text, add_special_tokens=False).ids, np.int64)
-        return self.our_id[ids].astype(self.dtype)
 
     def bytes_of(self, ids: np.ndarray) -> bytes:
         """Ids -> the bytes that they stand for, which may begin or end inside a character."""
@@ -94,17 +94,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     >>> [tokenizer.id_to_char[i] for i in tokenizer.encode("slow low")]
     ['s', 'low', ' ', 'low']
 
-    Raises ValueError if vocab_size is below 260, a text has a lone surrogate or the library is missing.
+    Raises ValueError if vocab_size is below 260 or a text has a lone surrogate.
     """
-    library = import_tokenizers()
     if vocab_size < len(SPECIAL_TOKENS) + 256:
         raise ValueError(f"vocab_size must be at least 260 (special tokens and bytes), got {vocab_size}")
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     names, alphabet = list(SPECIAL_TOKENS), list(BYTE_OF)
     settings = {"special_tokens": names, "initial_alphabet": alphabet, "min_frequency": 2, "show_progress": False}
-    tokenizer.train_from_iterator(texts, library.trainers.BpeTrainer(vocab_size=vocab_size, **settings))
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, **settings))
     return BPETokenizer(tokenizer.to_str())
 
 
@@ -119,12 +118,3 @@ def read_tokenizer(path: str | Path) -> BPETokenizer:
         raise ValueError(f"{path}: {error.strerror}: give the path of a tokenizer.json") from None
     except ValueError as error:
         raise ValueError(f"{path}: cannot be used as a tokenizer: {error}") from None
-
-
-def import_tokenizers():
-    """The tokenizers library. Raises ValueError if it is not installed."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError("BPE needs the tokenizers library: pip install tokenizers==0.23.3") from None
-    return tokenizers

@@ -229,7 +229,7 @@ def print_file(writer: GeneratorTransformer, run: WriteRun, args: Namespace, pro
     if unknown:
         say(f"{counted(unknown, 'character')} unknown to the model: left as they are, it reads [MASK] there")
     begin = time.perf_counter()
-    with progress(total, "fill", unit="characters") as update:
+    with progress(total, "fill") as update:
         for state in write_states(writer.model, [start], config, torch.Generator().manual_seed(run.seed)):
             update(total - int((state.texts[0] == MASK_ID).sum()))
     say_speed(total, time.perf_counter() - begin, state.nfe)

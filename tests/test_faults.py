@@ -1,7 +1,9 @@
 """Disks, folders and processes that fail: one clear line, and what was saved before is intact."""
 
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +17,8 @@ from conftest import ROOT, TINY
 
 import checkpoint
 import train
-from checkpoint import load_checkpoint
+from checkpoint import CheckpointWriter, deciding_loss, load_checkpoint
 from utils.console import run_program
-from utils.files import LockedError, locked
 
 
 @pytest.fixture
@@ -52,10 +53,10 @@ class FileOnFullDisk(io.FileIO):
         return super().write(data)
 
 
-@pytest.mark.parametrize("room", [0, 1000, 40_000, 80_000])
-def test_a_full_disk_leaves_the_checkpoint_before(call, tmp_path, monkeypatch, room):
+@pytest.mark.parametrize("room", [0, 1000, 40_000])
+def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch, room):
     assert call("--steps", 2)[0] == 0
-    before = (tmp_path / "out/llada/last.pt").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()}
 
     def full_disk(path, mode="r"):
         return FileOnFullDisk(path, mode) if "w" in mode else open(path, mode)
@@ -64,11 +65,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(call, tmp_path, monkeypatch, r
     monkeypatch.setattr(checkpoint, "open", full_disk, raising=False)
     code, err = call("--resume", "--steps", 4)
     assert code == 2
-    assert err.splitlines()[-1] == "train.py: error: out/llada/last.pt: No space left on device"
-    assert (tmp_path / "out/llada/last.pt").read_bytes() == before
-    assert not list((tmp_path / "out/llada").glob("*.part"))
-    monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "out/llada/last.pt").step == 2
+    assert re.fullmatch(r"train.py: error: out/llada/\w+.pt: No space left on device", err.splitlines()[-1])
+    assert {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()} == before
 
 
 def test_a_folder_that_vanishes_is_made_again(call, tmp_path, monkeypatch):
@@ -88,26 +86,19 @@ def test_a_folder_that_vanishes_is_made_again(call, tmp_path, monkeypatch):
     assert len((tmp_path / "out/llada/metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_second_training_into_a_folder_is_told_who_holds_it(call, tmp_path):
-    with locked(tmp_path / "out/.llada.lock"):
-        code, err = call("--steps", 2)
-    assert code == 2
-    assert f"--out out/llada: process {os.getpid()} on " in err.splitlines()[-1]
-    assert call("--steps", 2)[0] == 0  # and a lock file that nobody holds does not matter
-
-
-def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
+def test_the_second_training_into_a_folder_is_told_who_holds_it_however_that_ends(call, tmp_path):
     program = "import sys, pathlib, time; from utils.files import locked\n"
     program += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
-    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    command = [sys.executable, "-c", program, str(tmp_path / "out/.llada.lock")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(LockedError, match=f"^process {process.pid} on "), locked(tmp_path / "lock"):
-        pass
+    code, err = call("--steps", 2)
+    assert code == 2
+    assert f"error: out/.llada.lock is held by process {process.pid} on " in err.splitlines()[-1]
     process.kill()
     process.wait()
-    with locked(tmp_path / "lock"):
-        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+    assert call("--steps", 2)[0] == 0
+    assert f"process {os.getpid()} " in (tmp_path / "out/.llada.lock").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -156,16 +147,26 @@ def test_a_loss_that_is_not_finite_overwrites_nothing(call, tmp_path):
         assert {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()} == before
 
 
-def test_what_a_killed_training_left_is_completed(call, tmp_path):
-    """It was killed after last.pt was renamed, before best.pt and metrics.jsonl were; and it had begun another file."""
-    assert call("--steps", 2)[0] == 0
-    folder = tmp_path / "out/llada"
-    whole = {name: (folder / name).read_bytes() for name in ("best.pt", "metrics.jsonl")}
-    (folder / "best.pt").unlink()
-    (folder / "metrics.jsonl").write_text("")
-    (folder / "best.pt.999.part").write_text("half")
-    assert call("--resume")[0] == 0  # nothing is left to train
-    assert {name: (folder / name).read_bytes() for name in whole} == whole
+def test_what_is_killed_before_last_pt_is_written_is_done_again(call, tmp_path, monkeypatch):
+    """When metrics.jsonl, and perhaps best.pt, are a validation ahead, and another file had been begun."""
+    original, folder = CheckpointWriter.save_last, tmp_path / "out/llada"
+
+    def killed(writer):
+        if writer.trainer.step == 4:
+            raise KeyboardInterrupt
+        original(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "save_last", killed)
+        assert call("--steps", 6)[0] == 130
+    ahead = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "last.pt.999.part").write_text("half")
+    assert load_checkpoint(folder / "last.pt").step == len(ahead) == 2
+    assert call("--resume")[0] == 0
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4, 6]
+    assert [record["val_loss"] for record in records[:2]] == [json.loads(line)["val_loss"] for line in ahead]
+    assert load_checkpoint(folder / "best.pt").step == min(records, key=deciding_loss)["step"]
     assert not list(folder.glob("*.part"))
 
 

@@ -170,7 +170,6 @@ for model in ("llada", "gpt"):
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("data.py", ["vocabulary", "encoded", "decoded", "to train"]),
         ("diffusion.py", ["t = 0.1", "t = 0.5", "t = 0.9"]),
         ("model.py", ["llada", "gpt", "logits (2, 16, 69)", "parameters"]),
     ],

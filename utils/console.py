@@ -24,31 +24,25 @@ SECONDS_PER_UPDATE, SECONDS_PER_LINE = 0.2, 10.0  # of a progress display: on a 
 HIDDEN = (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
 SYMBOLS = {code: chr(0x2400 + code) for code in range(0x20) if code not in (9, 10)}
 SYMBOLS |= {0x7F: "\u2421"} | dict.fromkeys(HIDDEN, "\ufffd")
-CLEAR_LINE = "\r\x1b[K"
 progress_is_shown = False  # on the last line of the terminal: the next message takes its place
 
 
 # ------------------------------------------------------------------------------------------------- text in and out
 def say(*words, end: str = "\n") -> None:
-    """Print to standard error, `printable`. Once nobody can read it (a broken pipe), messages are dropped."""
+    """Print to standard error, `printable`. Once nobody can read it (a broken pipe), messages are dropped.
+
+    On a terminal lines break at spaces, where it would break them inside words. A command stays whole, to be copied.
+    """
     global progress_is_shown
-    start, progress_is_shown = CLEAR_LINE if progress_is_shown else "", False
-    text = printable(" ".join(map(str, words)))
+    start, progress_is_shown = "\r\x1b[K" if progress_is_shown else "", False
+    lines, width = printable(" ".join(map(str, words))).split("\n"), shutil.get_terminal_size().columns
     if end and sys.stderr.isatty():
-        text = "\n".join(map(at_spaces, text.split("\n")))
+        wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        lines = [line if len(line) <= width or "python " in line else wrapper.fill(line) for line in lines]
     try:
-        print(start + text, file=sys.stderr, flush=True, end=end)
+        print(start + "\n".join(lines), file=sys.stderr, flush=True, end=end)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-def at_spaces(line: str) -> str:
-    """A line broken at spaces, where a terminal would break it inside words. A command stays whole, to be copied."""
-    width = shutil.get_terminal_size().columns
-    if len(line) <= width or "python " in line:
-        return line
-    how = {"break_long_words": False, "break_on_hyphens": False, "expand_tabs": False, "replace_whitespace": False}
-    return textwrap.fill(line, width, subsequent_indent="    ", **how)
 
 
 def fail(program: str, problem: str) -> NoReturn:
@@ -122,13 +116,19 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def immediate_interrupt() -> Iterator[None]:
-    """End the process on Ctrl-C inside the block, with exit code 130: imports of C libraries swallow its exception."""
-    previous = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+def handling(handler: Callable[[int, object], None], *signals: int) -> Iterator[dict]:
+    """Call handler(signal, frame) inside the block for these signals; yields what they do otherwise."""
+    previous = {number: signal.signal(number, handler) for number in signals}
     try:
-        yield
+        yield previous
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, usual in previous.items():
+            signal.signal(number, usual)
+
+
+def immediate_interrupt():
+    """End the process on Ctrl-C inside the block, with exit code 130: imports of C libraries swallow its exception."""
+    return handling(lambda *_: os._exit(130), signal.SIGINT)
 
 
 @contextmanager
@@ -137,20 +137,15 @@ def deferred_interrupt(*signals: int) -> Iterator[Callable[[], int]]:
 
     Its program exits with code 128 + stopping(). The second time each of them acts as usual.
     """
-    received, previous = 0, {}
+    received = 0
 
     def on_signal(number: int, _) -> None:
         nonlocal received
         received = int(number)
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, *signals):
-        previous[number] = signal.signal(number, on_signal)
-    try:
+    with handling(on_signal, signal.SIGINT, *signals) as previous:
         yield lambda: received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -168,19 +163,20 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """As argparse's, but what is unknown is an error."""
         words, given = list(sys.argv[1:] if args is None else args), set()
-        flags = [flag for action in self._actions for flag in action.option_strings]
         for i, word in enumerate(words):
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-")
-            if flag in flags:
+            action = self._option_string_actions.get(flag)
+            if action is not None:
                 words[i] = flag + equals + value
-                if flag in given and not isinstance(self._option_string_actions[flag], argparse._AppendAction):
+                if flag in given and not isinstance(action, argparse._AppendAction):
                     self.error(f"{flag} is given twice")
                 given.add(flag)
         namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0].replace("_", "-")
-            hint = suggestion(flag, flags) if flag.startswith("-") else "; put quotes around a text with spaces"
+            hint = "; put quotes around a text with spaces"
+            hint = suggestion(flag, [*self._option_string_actions]) if flag.startswith("-") else hint
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace, unknown
 
@@ -199,10 +195,8 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except ArgumentError as error:
-            for action in self._actions:
-                if action.dest == error.argument and action.option_strings:
-                    raise ValueError(f"{action.option_strings[0]} {error.problem}") from None
-            raise
+            flags = [a.option_strings[0] for a in self._actions if a.dest == error.argument and a.option_strings]
+            raise ValueError(f"{[*flags, error.argument][0]} {error.problem}") from None
 
 
 def suggestion(word: str, names: Sequence[str]) -> str:
@@ -235,19 +229,19 @@ def valid_text(text: str) -> str:
     """An argparse type: text that is valid in the terminal's encoding."""
     if wrong := re.search("[\ud800-\udfff]", text):  # Python's form of a byte that it cannot decode (PEP 383)
         where = f"byte 0x{ord(wrong[0]) & 0xFF:02X} at position {wrong.start()}"
-        encoding = f"{sys.getfilesystemencoding()}, the encoding of this terminal"
-        raise argparse.ArgumentTypeError(f"{where} is not valid {encoding}")
+        raise argparse.ArgumentTypeError(f"{where} is not valid {sys.getfilesystemencoding()}")
     return text
 
 
 # ------------------------------------------------------------------------------------------------- progress
 @contextmanager
-def progress(total: float, what: str, visible: bool = True, unit: str = "") -> Iterator[Callable]:
+def progress(total: float, what: str, visible: bool = True) -> Iterator[Callable]:
     """Yield update(completed, note=""): a line that changes on a terminal, a new one every ten seconds elsewhere.
 
-    It shows the share that is done, the rate of what `unit` names, the time left, and the note: a string, or a function
-    that returns one and is called only when the note is shown.
+    It shows the share that is done, the time left, and the note: a string, or a function that returns one and is called
+    only when the note is shown.
     """
+    global progress_is_shown
     on_terminal, last, first = sys.stderr.isatty(), time.monotonic(), None
     pause = SECONDS_PER_UPDATE if on_terminal else SECONDS_PER_LINE
 
@@ -259,17 +253,13 @@ def progress(total: float, what: str, visible: bool = True, unit: str = "") -> I
         if not visible or now - last < pause:
             return
         last = now
-        seconds, done = now - first[0], completed - first[1]
         words = [note() if callable(note) else note]
-        if seconds > 0 and done > 0:
-            speed = f"{done / seconds:,.{int(done < 10 * seconds)}f} {unit}/s" if unit else ""
-            words = [speed, f"{timedelta(seconds=round(seconds * (total - completed) / done))} left", *words]
+        if completed > first[1]:
+            seconds = (now - first[0]) * (total - completed) / (completed - first[1])
+            words = [f"{timedelta(seconds=round(seconds))} left", *words]
         line = f"{what}: {100 * completed / total:.0f} %  {', '.join(filter(None, words))}".rstrip()
-        if on_terminal:
-            say(line[: shutil.get_terminal_size().columns - 1], end="")
-            progress_is_shown = True
-        else:
-            say(line)
+        say(line[: shutil.get_terminal_size().columns - 1] if on_terminal else line, end="" if on_terminal else "\n")
+        progress_is_shown = on_terminal
 
     try:
         yield update

@@ -42,13 +42,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-class LockedError(Exception):
-    """A lock that another process holds: the message says which."""
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a file as a lock inside the block. Raises LockedError if another process does, and OSError.
+    """Hold a file as a lock inside the block. Raises ValueError if another process does, and OSError.
 
     The system releases the lock when its process ends, however it ends; the file stays. Windows has no such lock.
     """
@@ -63,7 +59,8 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise LockedError(file.read().strip() or "another process") from None
+            advice = "wait for it, or choose another folder"
+            raise ValueError(f"{path} is held by {file.read().strip() or 'another process'}: {advice}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
