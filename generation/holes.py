@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from config import SamplingConfig
-from generation.text import GeneratorTransformer, template_start
+from generation.text import GeneratorTransformer
 from generation.write import mask_predictor, write
 from logits import in_float64
 from tokenizer import MASK_ID
@@ -22,8 +22,8 @@ def choose_lengths(template: str, writer: GeneratorTransformer, config: Sampling
     """The template with each [MASK*a-b] replaced by the [MASK*n] whose filled text is the likeliest per character.
 
     One hole after the other, from the left; those behind it take part with their shortest length. All lengths of a hole
-    are filled in one batch, and scored by `pseudo_likelihood`. The three best are said on standard error. Raises ArgumentError for
-    a range that is empty or has more than MOST lengths.
+    are filled in one batch. The three likeliest are said on standard error. Raises ArgumentError for a range that is
+    empty or has more than MOST lengths.
     """
     while match := HOLE.search(template):
         low, high = int(match[1]), int(match[2])
@@ -31,7 +31,7 @@ def choose_lengths(template: str, writer: GeneratorTransformer, config: Sampling
             raise ArgumentError("infill", f"{match[0]}: the second number must be 0 to {MOST - 1} more than the first")
         before, behind = template[: match.start()], template[match.end() :]
         trials = [f"{before}[MASK*{n}]" + HOLE.sub(r"[MASK*\1]", behind) for n in range(low, high + 1)]
-        starts = [template_start(trial, writer.model, writer.tokenizer) for trial in trials]
+        starts = [writer.template_start(trial) for trial in trials]
         *_, state = write(writer.model, starts, config, torch.Generator().manual_seed(seed))
         texts = dict(zip(range(low, high + 1), state.texts, strict=True))
         scores = {n: pseudo_likelihood(writer, text) for n, text in texts.items()}

@@ -20,9 +20,7 @@ from generation.history import Recorder
 from generation.holes import choose_lengths
 from generation.page import write_live_page, write_page
 from generation.terminal import View, race, text_stands
-from generation.text import (
-    MASK_PATTERN, Config, GeneratorTransformer, pieces_of, prompt_start, template_start, tokens_for,
-)  # fmt: skip
+from generation.text import MASK_PATTERN, Config, GeneratorTransformer, pieces_of
 from generation.write import State, write
 from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
@@ -140,13 +138,13 @@ class Task:
         self.prefix, self.known, self.nfe, self.seconds = "", 0, 0, 0.0
         if run.infill is not None:
             template = choose_lengths(run.infill, writer, config, run.seed)
-            self.start = template_start(template, writer.model, writer.tokenizer)
+            self.start = writer.template_start(template)
             if not (self.start == MASK_ID).any():
                 raise ArgumentError("infill", NO_MASKS)
         else:
-            opened, tokens = writer.opening(prompt), tokens_for(run.length, writer.tokenizer)
+            opened, tokens = writer.opening(prompt), writer.tokens_for(run.length)
             try:
-                self.start, self.known = prompt_start(opened, tokens, writer.model, writer.tokenizer)
+                self.start, self.known = writer.prompt_start(opened, tokens)
             except ValueError as error:  # an unknown character: which of two models does not know it?
                 raise error if isinstance(error, ArgumentError) else ValueError(f"{self.label}: {error}") from None
             self.prefix = "" if writer.model.config.segments == "pairs" else prompt
@@ -225,7 +223,7 @@ def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> N
     content = read_input() if str(run.infill_file) == "-" else run.infill_file.read_bytes()
     plain_text(content, source)  # raises ValueError unless it is text
     text, tokenizer = content.decode(), writer.tokenizer
-    start = template_start(text, writer.model, tokenizer, keep_unknown=True)
+    start = writer.template_start(text, keep_unknown=True)
     masked, unknown = start == MASK_ID, int((start == tokenizer.vocab_size).sum())
     if not masked.any():
         raise ArgumentError("infill_file", f"{source} {NO_MASKS}")
@@ -249,7 +247,7 @@ def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> N
 def answer_prompts(writer: GeneratorTransformer, config: Config, run: WriteRun) -> None:
     """--chat. Each answer has its own seed. A model of pairs sees the conversation, others only the latest prompt."""
     answers, history = writer.model.config.segments == "pairs", []
-    limits = {"max_out_tokens": tokens_for(run.length, writer.tokenizer), "length": run.length, "stop": run.stop or ()}
+    limits = {"max_out_tokens": writer.tokens_for(run.length), "length": run.length, "stop": run.stop or ()}
 
     def answer(prompt: str) -> Iterator[str]:
         seed, said = run.seed + len(history), ""
@@ -268,7 +266,7 @@ def print_beams(writer: GeneratorTransformer, run: WriteRun, prompt: str, settin
     """The best texts of a beam search; their scores on standard error. settings: fields of BeamConfig."""
     if run.num_samples > run.beams:
         raise ArgumentError("num_samples", f"must be at most {run.beams}, the number of --beams")
-    opened, tokens = writer.opening(prompt), tokens_for(run.length, writer.tokenizer)
+    opened, tokens = writer.opening(prompt), writer.tokens_for(run.length)
     found = writer.beam_search(opened, run.beams, tokens, num_return=run.num_samples, **settings)
     for rank, (_, score) in enumerate(found, 1):
         say(f"beam {rank}: score {score:.4f}")
@@ -283,9 +281,9 @@ def print_next_tokens(writer: GeneratorTransformer, run: WriteRun, prompt: str, 
         return token if token in SPECIAL_TOKENS else repr(token)
 
     if run.infill is None:
-        start, _ = prompt_start(prompt, 1, writer.model, writer.tokenizer)
+        start, _ = writer.prompt_start(prompt, 1)
     else:
-        start = template_start(run.infill, writer.model, writer.tokenizer)
+        start = writer.template_start(run.infill)
     print_out("   ".join(f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in start.tolist()), end="\n")
     for position, table in writer.likeliest(start, run.top, **settings):
         print_out(f"\n[MASK] at position {position}\n")

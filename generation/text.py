@@ -36,11 +36,6 @@ Config = SamplingConfig | DecodingConfig
 
 
 # ------------------------------------------------------------------------------------------------- starts
-def ids_of(text: str, tokenizer) -> Tensor:
-    """(T,) int64 ids. Raises ValueError for unknown characters."""
-    return torch.from_numpy(tokenizer.encode(text).astype("int64"))
-
-
 def knows(tokenizer, char: str) -> bool:
     """Whether the tokenizer can encode a character."""
     try:
@@ -73,45 +68,6 @@ def parse_template(template: str, tokenizer, keep_unknown: bool = False) -> Tens
     return torch.from_numpy(np.concatenate([*parts, tokenizer.encode(template[end:], end)]).astype("int64"))
 
 
-def template_start(template: str, model: Transformer, tokenizer, keep_unknown: bool = False) -> Tensor:
-    """The start of a template: its text ends where the template does."""
-    ids = parse_template(template, tokenizer, keep_unknown)
-    return ids if model.config.segments == "window" else F.pad(ids, (0, 1), value=END_ID)
-
-
-def prompt_start(
-    prompt: str, max_out_tokens: int, model: Transformer, tokenizer, history: Sequence[tuple[str, str]] = ()
-) -> tuple[Tensor, int]:
-    """The start of a text that continues a prompt, taken literally: (T,) ids with max_out_tokens masks at the end, and
-    how many ids are given. A model of texts that end has room for block_size - 1 tokens in all.
-
-    history: earlier prompts and completions of a conversation with a model of pairs, the newest of which stand before
-    the prompt, as many as leave half of the context. Raises ValueError for unknown characters, and ArgumentError for
-    a prompt that leaves no room.
-    """
-    check_number("max_out_tokens", max_out_tokens, low=0)
-    given, size = ids_of(prompt, tokenizer), model.config.block_size
-    if model.config.segments == "window":
-        return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
-    if model.config.segments == "pairs":
-        given = F.pad(given, (0, 1), value=START_ID)
-    if len(given) > size - 2:
-        problem = f"takes {len(given)} tokens, which leaves no room to write in a context of {size}"
-        raise ArgumentError("prompt", f"{problem}: shorten it")
-    for earlier, completion in reversed(history if model.config.segments == "pairs" else ()):
-        pair = [*ids_of(earlier, tokenizer), START_ID, *ids_of(completion, tokenizer), END_ID, START_ID]
-        if len(pair) + len(given) + min(max_out_tokens, size // 2) > size - 1:
-            break
-        given = torch.cat([torch.tensor(pair), given])
-    return F.pad(given, (0, min(max_out_tokens, size - 1 - len(given))), value=MASK_ID), len(given)
-
-
-def tokens_for(characters: int, tokenizer) -> int:
-    """How many tokens hold a text of so many characters: of subwords about, rather too many than too few."""
-    lengths = tokenizer.characters_per_token[len(SPECIAL_TOKENS) :]
-    return math.ceil(characters / max(1.0, 0.7 * float(lengths.mean())))
-
-
 # ------------------------------------------------------------------------------------------------- pieces of text
 class TextPieces:
     """Hands out the text of ids as they are written, from ids[shown] on, up to its end. Never half of a character.
@@ -141,12 +97,7 @@ class TextPieces:
 
 
 def pieces_of(
-    states: Iterable[State],
-    tokenizer,
-    shown: Sequence[int],
-    config: Config,
-    stop: str | Sequence[str] = (),
-    length=None,
+    states: Iterable[State], tokenizer, shown: Sequence[int], config: Config, stop=(), length: int | None = None
 ) -> Iterator[list[str]]:
     """Yield the next piece of each text, see `TextPieces`; where correction may change a text, all of it at the end."""
     stops = [stop] if isinstance(stop, str) else stop
@@ -185,6 +136,47 @@ class GeneratorTransformer:
         answers = {"temperature": 0.0} if self.model.config.segments == "pairs" else {}
         return self.config_class(**answers | settings)
 
+    # --------------------------------------------------------------------------------------------- starts
+    def template_start(self, template: str, keep_unknown: bool = False) -> Tensor:
+        """The start of a template, see `parse_template`: its text ends where the template does."""
+        ids = parse_template(template, self.tokenizer, keep_unknown)
+        return ids if self.model.config.segments == "window" else F.pad(ids, (0, 1), value=END_ID)
+
+    def prompt_start(
+        self, prompt: str, max_out_tokens: int, history: Sequence[tuple[str, str]] = ()
+    ) -> tuple[Tensor, int]:
+        """The start of a text that continues a prompt, taken literally: (T,) ids with max_out_tokens masks at the end,
+        and how many ids are given. A model of texts that end has room for block_size - 1 tokens in all.
+
+        history: earlier prompts and completions of a conversation with a model of pairs, the newest of which stand
+        before the prompt, as many as leave half of the context. Raises ValueError for unknown characters, and
+        ArgumentError for a prompt that leaves no room.
+        """
+        check_number("max_out_tokens", max_out_tokens, low=0)
+        given, size, segments = self.encode(prompt), self.model.config.block_size, self.model.config.segments
+        if segments == "window":
+            return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
+        if segments == "pairs":
+            given = F.pad(given, (0, 1), value=START_ID)
+        if len(given) > size - 2:
+            problem = f"takes {len(given)} tokens, which leaves no room to write in a context of {size}"
+            raise ArgumentError("prompt", f"{problem}: shorten it")
+        for earlier, completion in reversed(history if segments == "pairs" else ()):
+            pair = [*self.encode(earlier), START_ID, *self.encode(completion), END_ID, START_ID]
+            if len(pair) + len(given) + min(max_out_tokens, size // 2) > size - 1:
+                break
+            given = torch.cat([torch.tensor(pair), given])
+        return F.pad(given, (0, min(max_out_tokens, size - 1 - len(given))), value=MASK_ID), len(given)
+
+    def encode(self, text: str) -> Tensor:
+        """(T,) int64 ids. Raises ValueError for unknown characters."""
+        return torch.from_numpy(self.tokenizer.encode(text).astype("int64"))
+
+    def tokens_for(self, characters: int) -> int:
+        """How many tokens hold a text of so many characters: of subwords about, rather too many than too few."""
+        lengths = self.tokenizer.characters_per_token[len(SPECIAL_TOKENS) :]
+        return math.ceil(characters / max(1.0, 0.7 * float(lengths.mean())))
+
     def opening(self, prompt: str) -> str:
         """What the model reads before it writes: the prompt, or for an empty one a newline, which is not to be shown.
 
@@ -193,23 +185,16 @@ class GeneratorTransformer:
         at_anywhere = self.model.config.segments == "window" and knows(self.tokenizer, "\n")
         return prompt or ("\n" if at_anywhere else "")
 
+    # --------------------------------------------------------------------------------------------- texts
     def stream(
-        self,
-        prompts: Sequence[str],
-        config: Config,
-        *,
-        max_out_tokens: int = MAX_OUT_TOKENS,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        history: Sequence[tuple[str, str]] = (),
-        length: int | None = None,
+        self, prompts: Sequence[str], config, *, max_out_tokens=MAX_OUT_TOKENS, seed=0, stop=(), history=(), length=None
     ) -> Iterator[list[str]]:
         """Yield the next piece of each text as it is written, without the prompts; "" where there is none.
 
-        length: characters of a text, at most. history: see `prompt_start`.
+        config: see `settings`. length: characters of a text, at most. history: see `prompt_start`.
         A text depends on its prompt, the seed and how many equal prompts stand before it, not on the rest of the batch.
         """
-        starts = [prompt_start(p, max_out_tokens, self.model, self.tokenizer, history) for p in prompts]
+        starts = [self.prompt_start(prompt, max_out_tokens, history) for prompt in prompts]
         states = write(self.model, [ids for ids, _ in starts], config, torch.Generator().manual_seed(seed))
         return pieces_of(states, self.tokenizer, [known for _, known in starts], config, stop, length)
 
@@ -227,7 +212,7 @@ class GeneratorTransformer:
         The template decides how long the text is. Raises ValueError for a token behind a [MASK] with a GPT.
         """
         templates = [template] if isinstance(template, str) else template
-        starts = [template_start(text, self.model, self.tokenizer) for text in templates]
+        starts = [self.template_start(text) for text in templates]
         *_, state = write(self.model, starts, self.settings(**settings), torch.Generator().manual_seed(seed))
         texts = [self.tokenizer.decode(text) for text in state.texts]
         return texts[0] if isinstance(template, str) else texts
@@ -241,7 +226,7 @@ class GeneratorTransformer:
         """
         if not isinstance(self.model, GPT):
             raise ValueError("beam search needs a GPT")
-        start, known = prompt_start(prompt, 1, self.model, self.tokenizer)
+        start, known = self.prompt_start(prompt, 1)
         ids = F.pad(start[:known], (1, 0), value=START_ID)
         found = beam_search(self.model, ids, num_beams=num_beams, max_out_tokens=max_out_tokens, **settings)
         return [(self.tokenizer.decode(ids.cpu()), score) for ids, score in found]
