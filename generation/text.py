@@ -36,6 +36,11 @@ Config = SamplingConfig | DecodingConfig
 
 
 # ------------------------------------------------------------------------------------------------- starts
+def encode(text: str, tokenizer) -> Tensor:
+    """(T,) int64 ids. Raises ValueError for unknown characters."""
+    return torch.from_numpy(tokenizer.encode(text).astype("int64"))
+
+
 def knows(tokenizer, char: str) -> bool:
     """Whether the tokenizer can encode a character."""
     try:
@@ -153,7 +158,7 @@ class GeneratorTransformer:
         ArgumentError for a prompt that leaves no room.
         """
         check_number("max_out_tokens", max_out_tokens, low=0)
-        given, size, segments = self.encode(prompt), self.model.config.block_size, self.model.config.segments
+        given, size, segments = encode(prompt, self.tokenizer), self.model.config.block_size, self.model.config.segments
         if segments == "window":
             return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
         if segments == "pairs":
@@ -162,15 +167,12 @@ class GeneratorTransformer:
             problem = f"takes {len(given)} tokens, which leaves no room to write in a context of {size}"
             raise ArgumentError("prompt", f"{problem}: shorten it")
         for earlier, completion in reversed(history if segments == "pairs" else ()):
-            pair = [*self.encode(earlier), START_ID, *self.encode(completion), END_ID, START_ID]
+            asked, answered = encode(earlier, self.tokenizer), encode(completion, self.tokenizer)
+            pair = [*asked, START_ID, *answered, END_ID, START_ID]
             if len(pair) + len(given) + min(max_out_tokens, size // 2) > size - 1:
                 break
             given = torch.cat([torch.tensor(pair), given])
         return F.pad(given, (0, min(max_out_tokens, size - 1 - len(given))), value=MASK_ID), len(given)
-
-    def encode(self, text: str) -> Tensor:
-        """(T,) int64 ids. Raises ValueError for unknown characters."""
-        return torch.from_numpy(self.tokenizer.encode(text).astype("int64"))
 
     def tokens_for(self, characters: int) -> int:
         """How many tokens hold a text of so many characters: of subwords about, rather too many than too few."""
