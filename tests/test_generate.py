@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -173,7 +174,7 @@ def test_every_mode_works_with_subwords_and_length_counts_characters(call, folde
         code, text, notes = call(*model, *flags)
         assert (code, text.strip() != "") == (0, True), notes
     if name == "llada":
-        Path("holes.txt").write_text("\u00e9 [MASK*3] live\r\n")
+        Path("holes.txt").write_text("\u00e9 [MASK*20] live\r\n")
         code, text, notes = call("--infill-file", "holes.txt")
         assert re.fullmatch("\u00e9 .+ live\r\n", text, re.DOTALL)
         assert f"\n{len(text) - len('_  live__')} characters in" in notes  # what was written
@@ -479,6 +480,7 @@ def test_chat_at_a_terminal_has_history_ends_answers_with_ctrl_c_and_then_itself
         """What the screen shows since the last call, up to where done(it) is true, or to its end."""
         shown = ""
         while not done(shown):
+            assert select.select([screen], [], [], 60)[0], f"waited in vain: {shown[-200:]!r}"
             try:
                 shown += os.read(screen, 1 << 16).decode()
             except OSError:  # the other end is closed

@@ -13,6 +13,7 @@ from toy import random_model, seeded
 
 from autoregressive import exact_nll
 from config import DecodingConfig, ModelConfig, SamplingConfig
+from extras.bpe import train_bpe
 from generation import GeneratorTransformer
 from generation.text import parse_template, pieces_of
 from generation.write import known_before_masks, mask_predictor, window_starts, write
@@ -128,6 +129,13 @@ def test_the_pieces_of_a_long_text_are_found_in_linear_time():
 
     assert "".join(piece for [piece] in pieces_of(states(), AB, [0], DecodingConfig())) == "a" * 600
     assert Counted.looks < 5 * 600
+
+
+def test_pieces_never_end_inside_a_character_but_at_the_end_of_the_text():
+    tokenizer = train_bpe(["ab"], 261)
+    ids = torch.from_numpy(tokenizer.encode("a\u00e9\u00e9").astype("int64"))  # é is two bytes, each a token
+    states = (SimpleNamespace(texts=[torch.cat([ids[:n], masks(4 - n)])]) for n in range(1, 5))
+    assert list(pieces_of(states, tokenizer, [0], DecodingConfig())) == [["a"], [""], ["\u00e9"], [""], ["\ufffd"]]
 
 
 @pytest.mark.parametrize(
