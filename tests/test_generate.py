@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -478,9 +479,10 @@ def test_chat_at_a_terminal_has_history_ends_answers_with_ctrl_c_and_then_itself
 
     def read_until(done) -> str:
         """What the screen shows since the last call, up to where done(it) is true, or to its end."""
-        shown = ""
+        shown, deadline = "", time.monotonic() + 60
         while not done(shown):
-            assert select.select([screen], [], [], 60)[0], f"waited in vain: {shown[-200:]!r}"
+            ready = select.select([screen], [], [], 60)[0] and time.monotonic() < deadline
+            assert ready, f"waited in vain: {shown[-200:]!r}"
             try:
                 shown += os.read(screen, 1 << 16).decode()
             except OSError:  # the other end is closed
