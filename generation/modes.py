@@ -230,7 +230,7 @@ def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> N
     if unknown:
         say(f"{counted(unknown, 'character')} unknown to the model: left as they are, it reads [MASK] there")
     begin, total = time.perf_counter(), int(masked.sum())
-    with progress(total, "fill", unit="tokens") as update:
+    with progress(total, "fill") as update:
         for state in write(writer.model, [start], config, torch.Generator().manual_seed(run.seed)):
             update(total - int((state.texts[0] == MASK_ID).sum()))
     ids = state.texts[0][masked]
