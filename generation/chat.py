@@ -5,16 +5,16 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from utils.console import deferred_interrupt, say, valid_text, write
+from utils.console import deferred_interrupt, print_out, say, valid_text
 
 
-def chat(answer: Callable[[str, int], Iterator[str]], task: str) -> None:
-    """For every line of standard input, print what answer(line, turn) yields, until `exit` or the end of input.
+def chat(answer: Callable[[str], Iterator[str]], task: str) -> None:
+    """For every line of standard input, print what answer(line) yields, until `exit` or the end of input.
 
     A ValueError that `answer` raises is shown as one line, and the next line is read. Ctrl-C ends an answer; a second
     one, or one at the prompt, ends the chat, and so does Ctrl-D. task: what to enter.
     """
-    at_terminal, turn = sys.stdin.isatty(), 0
+    at_terminal = sys.stdin.isatty()
     with suppress(AttributeError):  # not a real stream
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding are no end of the chat
     if at_terminal:
@@ -25,14 +25,12 @@ def chat(answer: Callable[[str, int], Iterator[str]], task: str) -> None:
         while (line := input("> " if at_terminal and sys.stdout.isatty() else "").strip()) not in ("exit", "quit"):
             try:
                 with deferred_interrupt() as stopping:  # between two pieces: torch can lose an exception raised in it
-                    for piece in answer(valid_text(line), turn) if line else ():
-                        write(piece)
+                    for piece in answer(valid_text(line)) if line else ():
+                        print_out(piece)
                         if stopping():
                             break
+                print_out("\n\n" if line else "")
             except (ValueError, ArgumentTypeError) as error:
                 say(f"error: {error}")
-                continue
-            write("\n\n" if line else "")
-            turn += bool(line)
     except (EOFError, KeyboardInterrupt):
         say(end="\n" if at_terminal else "")

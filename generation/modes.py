@@ -16,21 +16,21 @@ from checkpoint import PRETRAINED, Checkpoint, load_checkpoint, newest_checkpoin
 from config import MODELS, BeamConfig, WriteRun, given, refuse_without_effect
 from generation.chat import chat
 from generation.gif import write_gif
-from generation.history import History, Recorder
+from generation.history import Recorder
 from generation.holes import choose_lengths
 from generation.page import write_live_page, write_page
 from generation.terminal import View, race, text_stands
-from generation.text import MASK_PATTERN, GeneratorTransformer, prompt_start, template_start, tokens_for
-from generation.write import State
-from generation.write import write as write_states
+from generation.text import MASK_PATTERN, Config, GeneratorTransformer, pieces_of
+from generation.write import State, write
+from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
-from utils.console import counted, input_waits, progress, read_input, say, write
+from utils.console import counted, input_waits, print_out, progress, read_input, say
 from utils.devices import compile_problem, memory_problem, pick_device
 from utils.errors import ArgumentError
 from utils.files import plain_text
 
 LABELS = {"llada": "LLaDA", "gpt": "GPT"}
-NO_MASKS = "has nothing to write: mark one character as [MASK], n characters as [MASK*n]"
+NO_MASKS = "has nothing to write: mark one token as [MASK], n tokens as [MASK*n]"
 WARM_UP_STEPS = 3  # before a race is measured: the first calls of a network are slower than all others
 
 
@@ -44,24 +44,32 @@ def write_as_asked(args: Namespace, mode: str, name: str | None, settings: Seque
     if args.model and names != {args.model}:
         raise ArgumentError("model", f"{args.model}: {checkpoints[0].path} holds a {checkpoints[0].model.name} model")
     run, writers = WriteRun(**given(args, WriteRun)), [GeneratorTransformer(c.model, c.tokenizer) for c in checkpoints]
-    prepare(run, writers[0])
-    prompt = read_prompt(run) if mode in ("text", "race", "beams") or (mode == "top" and run.infill is None) else ""
+    configs = [writer.settings(**given(args, writer.config_class)) for writer in writers]
+    prepare(run, writers[0].model)
+    prompt = read_prompt(run) if run.infill is None and mode in ("text", "race", "beams", "top") else ""
     first_line = (run.infill or prompt).strip().partition("\n")[0][:60]
     title = " and ".join(LABELS[c.model.name] for c in checkpoints) + (f": {first_line}" if first_line else "")
     command = shlex.join(["generate.py", *sys.argv[1:]])
     about = f"{', '.join(str(short(c.path)) for c in checkpoints)}; seed {run.seed}; {command}"
-    if mode == "page":
-        write_live_page(run.page, checkpoints, title, about)
-    elif mode in ("text", "infill", "race"):
-        tasks = [Task(writer, run, args, prompt) for writer in writers]
-        histories = print_race(tasks) if mode == "race" else [print_text(*tasks)]
-        if run.html:
-            write_page(run.html, histories, title, about)
-        if run.gif:
-            write_gif(run.gif, histories)
-    else:
-        modes = {"file": print_file, "chat": answer_prompts, "top": print_next_tokens, "beams": print_beams}
-        modes[mode](writers[0], run, args, prompt)
+    match mode:
+        case "page":
+            write_live_page(run.page, checkpoints, title, about)
+        case "file":
+            print_file(writers[0], configs[0], run)
+        case "chat":
+            answer_prompts(writers[0], configs[0], run)
+        case "top":
+            print_next_tokens(writers[0], run, prompt, given(args, writers[0].config_class))
+        case "beams":
+            print_beams(writers[0], run, prompt, given(args, BeamConfig))
+        case _:
+            tasks = [Task(writer, config, run, prompt) for writer, config in zip(writers, configs, strict=True)]
+            print_race(tasks) if mode == "race" else print_text(tasks[0])
+            histories = [task.recorder.history for task in tasks]
+            if run.html:
+                write_page(run.html, histories, title, about)
+            if run.gif:
+                write_gif(run.gif, histories)
     for path in filter(None, (run.page, run.html, run.gif)):
         say(f"wrote {path}: open it in a browser")
 
@@ -89,10 +97,10 @@ def best_loss(checkpoint: Checkpoint) -> float:
     return min((record["val_loss"] for record in checkpoint.history), default=math.inf)
 
 
-def prepare(run: WriteRun, writer: GeneratorTransformer) -> None:
+def prepare(run: WriteRun, model: Transformer) -> None:
     """Compile, if asked for. Raises ArgumentError for more texts than there is memory for."""
-    model, name = writer.model, "num_samples" if run.beams is None else "beams"
-    config, T = model.config, 1 if run.infill or run.infill_file else min(model.config.block_size, run.length)
+    name, config = "num_samples" if run.beams is None else "beams", model.config
+    T = 1 if run.infill or run.infill_file else min(config.block_size, run.length)
     a_row = 8 * run.length + 8 * T * config.n_layer * config.n_embd + 16 * config.vocab_size  # ids, cache, logits
     if problem := memory_problem(a_row * getattr(run, name)):
         raise ArgumentError(name, f"{getattr(run, name)} {problem}: ask for fewer")
@@ -103,7 +111,6 @@ def prepare(run: WriteRun, writer: GeneratorTransformer) -> None:
         model.compile()
 
 
-# ------------------------------------------------------------------------------------------------- what is asked for
 def read_prompt(run: WriteRun) -> str:
     """The text of --prompt, which `-` reads from standard input. Raises ArgumentError for text that waits there
     unasked, and for a [MASK]."""
@@ -122,73 +129,73 @@ def literal(prompt: str) -> str:
     return prompt
 
 
+# ------------------------------------------------------------------------------------------------- texts
 class Task:
-    """What one model is to write: a start, settings, and what of the text is printed: `prefix` and `pieces`."""
+    """What one model is to write, and what it took. `prefix` is printed before the text that follows known ids."""
 
-    def __init__(self, writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str):
-        self.writer, self.run, self.config = writer, run, writer.settings(**given(args, writer.config_class))
-        self.label, self.prefix, self.known, self.nfe, self.seconds = LABELS[writer.model.name], "", 0, 0, 0.0
-        hidden = 0
+    def __init__(self, writer: GeneratorTransformer, config: Config, run: WriteRun, prompt: str):
+        self.writer, self.config, self.run, self.label = writer, config, run, LABELS[writer.model.name]
+        self.prefix, self.known, self.nfe, self.seconds = "", 0, 0, 0.0
         if run.infill is not None:
-            template = choose_lengths(run.infill, writer, self.config, run.seed)
-            self.start = template_start(template, writer.model, writer.tokenizer)
+            template = choose_lengths(run.infill, writer, config, run.seed)
+            self.start = writer.template_start(template)
             if not (self.start == MASK_ID).any():
                 raise ArgumentError("infill", NO_MASKS)
         else:
-            opened, tokens = writer.opening(prompt), tokens_for(run.length, writer.tokenizer)
+            opened, tokens = writer.opening(prompt), writer.tokens_for(run.length)
             try:
-                self.start, self.known = prompt_start(opened, tokens, writer.model, writer.tokenizer)
-            except ValueError as error:
+                self.start, self.known = writer.prompt_start(opened, tokens)
+            except ValueError as error:  # an unknown character: which of two models does not know it?
                 raise error if isinstance(error, ArgumentError) else ValueError(f"{self.label}: {error}") from None
             self.prefix = "" if writer.model.config.segments == "pairs" else prompt
-            hidden = 0 if self.prefix == opened else self.known
-        self.recorder = Recorder(self.start, writer.tokenizer, self.label, hidden)
+        self.recorder = Recorder(self.start, writer.tokenizer, self.label, first=0 if self.prefix else self.known)
 
-    def pieces(self, view: View | None = None) -> Iterator[list[str]]:
-        """The next piece of each text. Keeps the time, and the history of the first text if it is to be shown."""
-        recorded, start = self.run.watch or self.run.html or self.run.gif or self.run.race, time.perf_counter()
-
-        def seen(state: State) -> None:
-            nonlocal start
-            self.seconds, self.nfe = self.seconds + time.perf_counter() - start, state.nfe
-            if recorded:
+    def states(self, view: View | None) -> Iterator[State]:
+        """Those of `write`. Keeps their cost, and the history of the first text if it is to be shown."""
+        starts, generator = [self.start] * self.run.num_samples, torch.Generator().manual_seed(self.run.seed)
+        begin = time.perf_counter()
+        for state in write(self.writer.model, starts, self.config, generator):
+            self.seconds, self.nfe = self.seconds + time.perf_counter() - begin, state.nfe
+            if self.run.watch or self.run.html or self.run.gif or self.run.race:
                 self.recorder.add(state, self.seconds)
             if view:
                 view.show(self.recorder.history)
-            start = time.perf_counter()
+            yield state
+            begin = time.perf_counter()
 
-        starts, length = [(self.start, self.known)] * self.run.num_samples, None if self.run.infill else self.run.length
-        return self.writer.pieces(starts, self.config, self.run.seed, self.run.stop or (), length, seen)
+    def pieces(self, view: View | None = None) -> Iterator[list[str]]:
+        """The next piece of each text."""
+        run, shown = self.run, [self.known] * self.run.num_samples
+        length = run.length if run.infill is None else None
+        return pieces_of(self.states(view), self.writer.tokenizer, shown, self.config, run.stop or (), length)
 
 
-# ------------------------------------------------------------------------------------------------- texts
-def print_text(task: Task) -> History:
-    """One text as it is written, or several at the end; the first is shown or kept step by step, if it is to be."""
-    run, n, rows = task.run, task.run.num_samples, []
-    view, at_once = View(run.pause) if run.watch else None, n == 1 and not run.watch
-    write(task.prefix if at_once else "")
-    with closing(view) if view else nullcontext():
+def print_text(task: Task) -> None:
+    """One text as it is written, or several at the end; the first is shown step by step, if asked for."""
+    run, rows = task.run, []
+    at_once = run.num_samples == 1 and not run.watch
+    print_out(task.prefix if at_once else "")
+    with closing(View(run.pause)) if run.watch else nullcontext() as view:
         for row in task.pieces(view):
             rows.append(row)
-            write(row[0] if at_once else "")
-        if view and n == 1:
+            print_out(row[0] if at_once else "")
+        if view and run.num_samples == 1:
             view.finish()
-    texts = ["".join(parts) for parts in zip(*rows, strict=True)] or [""] * n
+    texts = ["".join(parts) for parts in zip(*rows, strict=True)]
     if at_once:
-        write("\n")
-    elif not (n == 1 and text_stands()):
+        print_out("\n")
+    elif run.num_samples > 1 or not text_stands():
         print_texts([task.prefix + text for text in texts])
     behind = task.start[task.known :]
     given = len(task.writer.tokenizer.decode(behind[behind != MASK_ID]))
-    say_speed(sum(map(len, texts)) - n * given, task.seconds, task.nfe)
-    return task.recorder.history
+    say_speed(sum(len(text) - given for text in texts), task.seconds, task.nfe)
 
 
 def print_texts(texts: Sequence[str], name: str = "sample") -> None:
     """Print texts on standard output, several with a line before each."""
     for number, text in enumerate(texts, 1):
-        write(f"--- {name} {number} of {len(texts)} ---\n" if len(texts) > 1 else "")
-        write(text, end="\n")
+        print_out(f"--- {name} {number} of {len(texts)} ---\n" if len(texts) > 1 else "")
+        print_out(text, end="\n")
 
 
 def say_speed(characters: int, seconds: float, nfe: int, label: str = "") -> None:
@@ -197,60 +204,54 @@ def say_speed(characters: int, seconds: float, nfe: int, label: str = "") -> Non
     say(f"{label}{counted(characters, 'character')} in {seconds:.2f} s: {speed}, {counted(nfe, 'network evaluation')}")
 
 
-def print_race(tasks: Sequence[Task]) -> list[History]:
+def print_race(tasks: Sequence[Task]) -> None:
     """Each model writes alone, after a few steps to warm up; then their histories are replayed side by side."""
-    texts, histories = [], [task.recorder.history for task in tasks]
+    texts = []
     for task in tasks:
-        list(islice(write_states(task.writer.model, [task.start], task.config), WARM_UP_STEPS))
+        list(islice(write(task.writer.model, [task.start], task.config), WARM_UP_STEPS))
         texts.append("".join(piece for [piece] in task.pieces()))
         say_speed(len(texts[-1]), task.seconds, task.nfe, f"{task.label} alone: ")
-    race(histories)
+    race([task.recorder.history for task in tasks])
     if not text_stands():
         for task, text in zip(tasks, texts, strict=True):
-            write(f"--- {task.label} ---\n{task.prefix}{text}\n")
-    return histories
+            print_out(f"--- {task.label} ---\n{task.prefix}{text}\n")
 
 
-def print_file(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
+def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> None:
     """--infill-file: the bytes of the file with its masks filled. All other bytes stay as they are."""
-    is_input = str(run.infill_file) == "-"
-    source = "standard input" if is_input else str(run.infill_file)
-    content, tokenizer = read_input() if is_input else run.infill_file.read_bytes(), writer.tokenizer
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        plain_text(content, source)  # says what it is
-        raise
-    config = writer.settings(**given(args, writer.config_class))
-    start = template_start(text, writer.model, tokenizer, keep_unknown=True)
+    source = "standard input" if str(run.infill_file) == "-" else str(run.infill_file)
+    content = read_input() if str(run.infill_file) == "-" else run.infill_file.read_bytes()
+    plain_text(content, source)  # raises ValueError unless it is text
+    text, tokenizer = content.decode(), writer.tokenizer
+    start = writer.template_start(text, keep_unknown=True)
     masked, unknown = start == MASK_ID, int((start == tokenizer.vocab_size).sum())
-    if not (total := int(masked.sum())):
+    if not masked.any():
         raise ArgumentError("infill_file", f"{source} {NO_MASKS}")
     if unknown:
         say(f"{counted(unknown, 'character')} unknown to the model: left as they are, it reads [MASK] there")
-    begin = time.perf_counter()
+    begin, total = time.perf_counter(), int(masked.sum())
     with progress(total, "fill") as update:
-        for state in write_states(writer.model, [start], config, torch.Generator().manual_seed(run.seed)):
+        for state in write(writer.model, [start], config, torch.Generator().manual_seed(run.seed)):
             update(total - int((state.texts[0] == MASK_ID).sum()))
-    say_speed(total, time.perf_counter() - begin, state.nfe)
-    tokens = iter(state.texts[0][masked].tolist())
+    ids = state.texts[0][masked]
+    say_speed(len(tokenizer.decode(ids)), time.perf_counter() - begin, state.nfe)
+    tokens = iter(ids.tolist())
     filled = MASK_PATTERN.sub(lambda hole: tokenizer.decode(list(islice(tokens, int(hole[1] or 1)))), text)
     if sys.stdout.isatty():
-        write(filled)
+        print_out(filled)
     else:
         sys.stdout.buffer.write(filled.encode())
 
 
 # ------------------------------------------------------------------------------------------------- other modes
-def answer_prompts(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
-    """--chat. Each turn has its own seed. A model of pairs sees the conversation, others only the latest prompt."""
-    config, answers = writer.settings(**given(args, writer.config_class)), writer.model.config.segments == "pairs"
-    limits = {"max_out_tokens": tokens_for(run.length, writer.tokenizer), "length": run.length, "stop": run.stop or ()}
-    history: list[tuple[str, str]] = []
+def answer_prompts(writer: GeneratorTransformer, config: Config, run: WriteRun) -> None:
+    """--chat. Each answer has its own seed. A model of pairs sees the conversation, others only the latest prompt."""
+    answers, history = writer.model.config.segments == "pairs", []
+    limits = {"max_out_tokens": writer.tokens_for(run.length), "length": run.length, "stop": run.stop or ()}
 
-    def answer(prompt: str, turn: int) -> Iterator[str]:
-        said, seed = "", run.seed + turn
-        pieces = writer.stream([literal(prompt)], config, seed=seed, history=history if answers else (), **limits)
+    def answer(prompt: str) -> Iterator[str]:
+        seed, said = run.seed + len(history), ""
+        pieces = writer.stream([literal(prompt)], config, seed=seed, history=history, **limits)
         yield "" if answers else prompt
         for [piece] in pieces:
             said += piece
@@ -261,30 +262,30 @@ def answer_prompts(writer: GeneratorTransformer, run: WriteRun, args: Namespace,
     chat(answer, "a prompt; the model answers it" if answers else "the beginning of a text; the model continues it")
 
 
-def print_beams(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
-    """The best texts of a beam search; their scores on standard error."""
+def print_beams(writer: GeneratorTransformer, run: WriteRun, prompt: str, settings: dict) -> None:
+    """The best texts of a beam search; their scores on standard error. settings: fields of BeamConfig."""
     if run.num_samples > run.beams:
         raise ArgumentError("num_samples", f"must be at most {run.beams}, the number of --beams")
-    opened, settings = writer.opening(prompt), {**given(args, BeamConfig), "num_return": run.num_samples}
-    found = writer.beam_search(opened, run.beams, tokens_for(run.length, writer.tokenizer), **settings)
+    opened, tokens = writer.opening(prompt), writer.tokens_for(run.length)
+    found = writer.beam_search(opened, run.beams, tokens, num_return=run.num_samples, **settings)
     for rank, (_, score) in enumerate(found, 1):
         say(f"beam {rank}: score {score:.4f}")
     beginning = "" if writer.model.config.segments == "pairs" else prompt
     print_texts([beginning + text[len(opened) :] for text, _ in found], "beam")
 
 
-def print_next_tokens(writer: GeneratorTransformer, run: WriteRun, args: Namespace, prompt: str) -> None:
+def print_next_tokens(writer: GeneratorTransformer, run: WriteRun, prompt: str, settings: dict) -> None:
     """--top: the tokens of the prompt or the template with their ids, and the likeliest tokens at each [MASK]."""
 
     def show(token: str) -> str:
         return token if token in SPECIAL_TOKENS else repr(token)
 
     if run.infill is None:
-        start, _ = prompt_start(prompt, 1, writer.model, writer.tokenizer)
+        start, _ = writer.prompt_start(prompt, 1)
     else:
-        start = template_start(run.infill, writer.model, writer.tokenizer)
-    write("   ".join(f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in start.tolist()), end="\n")
-    for position, table in writer.likeliest(start, run.top, args.context_len):
-        write(f"\n[MASK] at position {position}\n")
+        start = writer.template_start(run.infill)
+    print_out("   ".join(f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in start.tolist()), end="\n")
+    for position, table in writer.likeliest(start, run.top, **settings):
+        print_out(f"\n[MASK] at position {position}\n")
         for token, p in table:
-            write(f"{show(token):8}{100 * p:7.3f} %\n")
+            print_out(f"{show(token):8}{100 * p:7.3f} %\n")

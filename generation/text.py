@@ -11,19 +11,20 @@ ArgumentError where it names an argument) before anything is written.
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive import SlidingContext, beam_search
+from autoregressive import beam_search
 from checkpoint import load_checkpoint
 from config import DecodingConfig, SamplingConfig
-from generation.write import State, mask_predictor, write
-from logits import in_float64
+from generation.write import State, write
 from model import GPT, Transformer
 from tokenizer import END_ID, MASK_ID, SPECIAL_TOKENS, START_ID, StreamDecoder
 from utils.errors import ArgumentError, check_number
@@ -35,15 +36,9 @@ Config = SamplingConfig | DecodingConfig
 
 
 # ------------------------------------------------------------------------------------------------- starts
-def encode(text: str, tokenizer, keep_unknown: bool = False, start: int = 0) -> Tensor:
-    """(T,) int64 ids. keep_unknown: every unknown character becomes the id vocab_size. Else it raises ValueError, with
-    its position, counted from `start`."""
-    unknown = "".join(c for c in sorted(set(text)) if not knows(tokenizer, c)) if keep_unknown else ""
-    if not unknown:
-        return torch.from_numpy(tokenizer.encode(text, start).astype("int64"))
-    pieces = re.split(f"([{re.escape(unknown)}])", text)  # known texts, and between them an unknown character
-    parts = [encode(piece, tokenizer) for piece in pieces[::2]]
-    return torch.cat([F.pad(part, (0, 1), value=tokenizer.vocab_size) for part in parts])[:-1]
+def encode(text: str, tokenizer) -> Tensor:
+    """(T,) int64 ids. Raises ValueError for unknown characters."""
+    return torch.from_numpy(tokenizer.encode(text).astype("int64"))
 
 
 def knows(tokenizer, char: str) -> bool:
@@ -62,104 +57,62 @@ def parse_template(template: str, tokenizer, keep_unknown: bool = False) -> Tens
     >>> parse_template("ab[MASK*2]", SimpleTokenizer("ab"))
     tensor([4, 5, 1, 1])
 
-    Raises ValueError for characters the tokenizer does not know, with their position in the template, and, unless
-    unknown characters are kept, for a mask that is mistyped.
+    keep_unknown: every character that the tokenizer does not know becomes the id vocab_size. Else it raises ValueError
+    with their position in the template, as it does for a mask that is mistyped.
     """
-    parts, end = [], 0
     for match in () if keep_unknown else LIKE_A_MASK.finditer(template):
         if not MASK_PATTERN.fullmatch(match[0]):
             raise ValueError(f"{match[0]} at position {match.start()}: one mask is [MASK], five are [MASK*5]")
-    for match in [*MASK_PATTERN.finditer(template), None]:
-        parts.append(encode(template[end : match.start() if match else None], tokenizer, keep_unknown, end))
-        if match:
-            parts.append(torch.full((int(match[1] or 1),), MASK_ID))
-            end = match.end()
-    return torch.cat(parts)
-
-
-def template_start(template: str, model: Transformer, tokenizer, keep_unknown: bool = False) -> Tensor:
-    """The start of a template: its text ends where the template does."""
-    ids = parse_template(template, tokenizer, keep_unknown)
-    return ids if model.config.segments == "window" else F.pad(ids, (0, 1), value=END_ID)
-
-
-def prompt_start(
-    prompt: str, max_out_tokens: int, model: Transformer, tokenizer, history: Sequence[tuple[str, str]] = ()
-) -> tuple[Tensor, int]:
-    """The start of a text that continues a prompt, taken literally: (T,) ids with max_out_tokens masks at the end, and
-    how many ids are given. A model of texts that end has room for block_size - 1 tokens in all.
-
-    history: earlier prompts and completions of a conversation with a model of pairs, the newest of which stand before
-    the prompt, as many as leave half of the context. Raises ValueError for unknown characters, and ArgumentError for
-    a prompt that leaves no room.
-    """
-    check_number("max_out_tokens", max_out_tokens, low=0)
-    given, size = encode(prompt, tokenizer), model.config.block_size
-    if model.config.segments == "window":
-        return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
-    if model.config.segments == "pairs":
-        given = F.pad(given, (0, 1), value=START_ID)
-    if len(given) > size - 2:
-        problem = f"takes {len(given)} tokens, which leaves no room to write in a context of {size}"
-        raise ArgumentError("prompt", f"{problem}: shorten it")
-    for earlier, completion in reversed(history):
-        pair = [*encode(earlier, tokenizer), START_ID, *encode(completion, tokenizer), END_ID, START_ID]
-        if len(pair) + len(given) + min(max_out_tokens, size // 2) > size - 1:
-            break
-        given = torch.cat([torch.tensor(pair), given])
-    return F.pad(given, (0, min(max_out_tokens, size - 1 - len(given))), value=MASK_ID), len(given)
-
-
-def tokens_for(characters: int, tokenizer) -> int:
-    """How many tokens hold a text of so many characters: of subwords about, rather too many than too few."""
-    lengths = tokenizer.characters_per_token[len(SPECIAL_TOKENS) :]
-    return math.ceil(characters / max(1.0, 0.7 * float(lengths.mean())))
+    unknown = [c for c in sorted(set(template)) if keep_unknown and not knows(tokenizer, c)]
+    pattern = "|".join([MASK_PATTERN.pattern, *map(re.escape, unknown)])
+    parts, end = [], 0
+    for match in re.finditer(pattern, template):
+        parts.append(tokenizer.encode(template[end : match.start()], end))
+        parts.append(np.full(int(match[1] or 1), tokenizer.vocab_size if match[0] in unknown else MASK_ID))
+        end = match.end()
+    return torch.from_numpy(np.concatenate([*parts, tokenizer.encode(template[end:], end)]).astype("int64"))
 
 
 # ------------------------------------------------------------------------------------------------- pieces of text
-def pieces_of(states: Iterable[State], tokenizer, shown: list[int], whole: bool = False) -> Iterator[list[str]]:
-    """Yield the next piece of each text once it has no mask left of its end, "" where there is none yet.
+class TextPieces:
+    """Hands out the text of ids as they are written, from ids[shown] on, up to its end. Never half of a character.
 
-    shown[b]: ids of text b not to yield, the prompt's. whole: one piece at the end, where correction may change what
-    was written. Never half of a character.
+    It ends with the first of `stops`, which is part of it, or after `length` characters.
     """
-    shown, decoders, texts = list(shown), [StreamDecoder(tokenizer) for _ in shown], []
 
-    def next_pieces() -> list[str]:
-        pieces = []
-        for b, text in enumerate(texts):
-            first = shown[b]
-            while shown[b] < len(text) and text[shown[b]] != MASK_ID:
-                shown[b] += 1
-            pieces.append(decoders[b].push(text[first : shown[b]]))
-        return pieces
+    def __init__(self, tokenizer, shown: int, stops: Sequence[str] = (), length: int | None = None):
+        if "" in stops:
+            raise ArgumentError("stop", "must not be an empty string")
+        self.decoder, self.shown, self.stops = StreamDecoder(tokenizer), shown, stops
+        self.left = sys.maxsize if length is None else length  # characters; 0 after the end
+        self.tail, self.kept = "", max(map(len, stops), default=1) - 1  # the last characters: a stop may begin there
 
+    def next(self, ids: Tensor, is_last: bool = False) -> str:
+        """What has no mask before it and was not handed out yet."""
+        first = self.shown
+        while self.shown < len(ids) and ids[self.shown] != MASK_ID:
+            self.shown += 1
+        piece = self.decoder.push(ids[first : self.shown]) + (self.decoder.flush() if is_last else "")
+        text = self.tail + piece[: self.left]
+        ends = [text.index(stop) + len(stop) for stop in self.stops if stop in text]
+        piece = text[len(self.tail) : min(ends, default=None)]
+        self.left = 0 if ends else self.left - len(piece)
+        self.tail = text[-self.kept :] if self.kept else ""
+        return piece
+
+
+def pieces_of(
+    states: Iterable[State], tokenizer, shown: Sequence[int], config: Config, stop=(), length: int | None = None
+) -> Iterator[list[str]]:
+    """Yield the next piece of each text, see `TextPieces`; where correction may change a text, all of it at the end."""
+    stops = [stop] if isinstance(stop, str) else stop
+    texts = [TextPieces(tokenizer, known, stops, length) for known in shown]
     for state in states:
-        texts = state.texts
-        if not whole:
-            yield next_pieces()
-    last = [piece + decoder.flush() for piece, decoder in zip(next_pieces(), decoders, strict=True)]
-    if any(last):
-        yield last
-
-
-def until_stop(rows: Iterable[list[str]], stops: Sequence[str], length: int | None = None) -> Iterator[list[str]]:
-    """The pieces of each text up to the first of `stops`, which is part of it, or to `length` characters."""
-    if "" in stops:
-        raise ArgumentError("stop", "must not be an empty string")
-    keep, tails, left = max(map(len, stops), default=1) - 1, {}, {}  # left: characters, 0 after the end
-    for row in rows:
-        out = []
-        for b, piece in enumerate(row):
-            tail, room = tails.get(b, ""), left.get(b, math.inf if length is None else length)
-            text = (tail + piece)[: len(tail) + min(room, len(piece))]
-            end = min([text.index(stop) + len(stop) for stop in stops if stop in text], default=None)
-            out.append(text[len(tail) : end])
-            left[b] = 0 if end is not None else room - len(out[-1])
-            tails[b] = text[-keep:] if keep else ""
-        yield out
-        if not any(left.values()):
-            return
+        if getattr(config, "correct", 0) == 0:
+            yield [text.next(ids) for text, ids in zip(texts, state.texts, strict=True)]
+            if not any(text.left for text in texts):
+                return
+    yield [text.next(ids, is_last=True) for text, ids in zip(texts, state.texts, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------- a trained model
@@ -188,6 +141,44 @@ class GeneratorTransformer:
         answers = {"temperature": 0.0} if self.model.config.segments == "pairs" else {}
         return self.config_class(**answers | settings)
 
+    # --------------------------------------------------------------------------------------------- starts
+    def template_start(self, template: str, keep_unknown: bool = False) -> Tensor:
+        """The start of a template, see `parse_template`: its text ends where the template does."""
+        ids = parse_template(template, self.tokenizer, keep_unknown)
+        return ids if self.model.config.segments == "window" else F.pad(ids, (0, 1), value=END_ID)
+
+    def prompt_start(
+        self, prompt: str, max_out_tokens: int, history: Sequence[tuple[str, str]] = ()
+    ) -> tuple[Tensor, int]:
+        """The start of a text that continues a prompt, taken literally: (T,) ids with max_out_tokens masks at the end,
+        and how many ids are given. A model of texts that end has room for block_size - 1 tokens in all.
+
+        history: earlier prompts and completions of a conversation with a model of pairs, the newest of which stand
+        before the prompt, as many as leave half of the context. Raises ValueError for unknown characters, and
+        ArgumentError for a prompt that leaves no room.
+        """
+        check_number("max_out_tokens", max_out_tokens, low=0)
+        given, size, segments = encode(prompt, self.tokenizer), self.model.config.block_size, self.model.config.segments
+        if segments == "window":
+            return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
+        if segments == "pairs":
+            given = F.pad(given, (0, 1), value=START_ID)
+        if len(given) > size - 2:
+            problem = f"takes {len(given)} tokens, which leaves no room to write in a context of {size}"
+            raise ArgumentError("prompt", f"{problem}: shorten it")
+        for earlier, completion in reversed(history if segments == "pairs" else ()):
+            asked, answered = encode(earlier, self.tokenizer), encode(completion, self.tokenizer)
+            pair = [*asked, START_ID, *answered, END_ID, START_ID]
+            if len(pair) + len(given) + min(max_out_tokens, size // 2) > size - 1:
+                break
+            given = torch.cat([torch.tensor(pair), given])
+        return F.pad(given, (0, min(max_out_tokens, size - 1 - len(given))), value=MASK_ID), len(given)
+
+    def tokens_for(self, characters: int) -> int:
+        """How many tokens hold a text of so many characters: of subwords about, rather too many than too few."""
+        lengths = self.tokenizer.characters_per_token[len(SPECIAL_TOKENS) :]
+        return math.ceil(characters / max(1.0, 0.7 * float(lengths.mean())))
+
     def opening(self, prompt: str) -> str:
         """What the model reads before it writes: the prompt, or for an empty one a newline, which is not to be shown.
 
@@ -196,34 +187,18 @@ class GeneratorTransformer:
         at_anywhere = self.model.config.segments == "window" and knows(self.tokenizer, "\n")
         return prompt or ("\n" if at_anywhere else "")
 
+    # --------------------------------------------------------------------------------------------- texts
     def stream(
-        self,
-        prompts: Sequence[str],
-        config: Config,
-        *,
-        max_out_tokens: int = MAX_OUT_TOKENS,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        history: Sequence[tuple[str, str]] = (),
-        length: int | None = None,
+        self, prompts: Sequence[str], config, *, max_out_tokens=MAX_OUT_TOKENS, seed=0, stop=(), history=(), length=None
     ) -> Iterator[list[str]]:
         """Yield the next piece of each text as it is written, without the prompts; "" where there is none.
 
-        length: characters of a text, at most. history: see `prompt_start`.
+        config: see `settings`. length: characters of a text, at most. history: see `prompt_start`.
         A text depends on its prompt, the seed and how many equal prompts stand before it, not on the rest of the batch.
         """
-        starts = [prompt_start(p, max_out_tokens, self.model, self.tokenizer, history) for p in prompts]
-        return self.pieces(starts, config, seed, stop, length)
-
-    def pieces(
-        self, starts: Sequence[tuple[Tensor, int]], config: Config, seed=0, stop=(), length=None, seen=lambda _: None
-    ) -> Iterator[list[str]]:
-        """As `stream`, after (T,) ids of which so many are not yielded. seen(state) is called after every step."""
+        starts = [self.prompt_start(prompt, max_out_tokens, history) for prompt in prompts]
         states = write(self.model, [ids for ids, _ in starts], config, torch.Generator().manual_seed(seed))
-        whole = getattr(config, "correct", 0) > 0
-        followed = (seen(state) or state for state in states)
-        pieces = pieces_of(followed, self.tokenizer, [known for _, known in starts], whole)
-        return until_stop(pieces, [stop] if isinstance(stop, str) else list(stop), length)
+        return pieces_of(states, self.tokenizer, [known for _, known in starts], config, stop, length)
 
     def generate(
         self, prompt: str = "", *, max_out_tokens: int = MAX_OUT_TOKENS, seed: int = 0, stop=(), **settings
@@ -239,7 +214,7 @@ class GeneratorTransformer:
         The template decides how long the text is. Raises ValueError for a token behind a [MASK] with a GPT.
         """
         templates = [template] if isinstance(template, str) else template
-        starts = [template_start(text, self.model, self.tokenizer) for text in templates]
+        starts = [self.template_start(text) for text in templates]
         *_, state = write(self.model, starts, self.settings(**settings), torch.Generator().manual_seed(seed))
         texts = [self.tokenizer.decode(text) for text in state.texts]
         return texts[0] if isinstance(template, str) else texts
@@ -253,30 +228,20 @@ class GeneratorTransformer:
         """
         if not isinstance(self.model, GPT):
             raise ValueError("beam search needs a GPT")
-        start, known = prompt_start(prompt, 1, self.model, self.tokenizer)
+        start, known = self.prompt_start(prompt, 1)
         ids = F.pad(start[:known], (1, 0), value=START_ID)
         found = beam_search(self.model, ids, num_beams=num_beams, max_out_tokens=max_out_tokens, **settings)
         return [(self.tokenizer.decode(ids.cpu()), score) for ids, score in found]
 
-    @torch.inference_mode()
-    def likeliest(
-        self, start: Tensor, k: int = 10, context_len: int | None = None
-    ) -> list[tuple[int, list[tuple[str, float]]]]:
+    def likeliest(self, start: Tensor, k: int = 10, **settings) -> list[tuple[int, list[tuple[str, float]]]]:
         """The position of every [MASK] in a start (T,) (GPT: the first), and its k likeliest tokens, given what is
-        visible, with their probabilities. Of long starts the block_size tokens around each are used."""
+        visible, with their probabilities. Of a start longer than the context, those of the first window with masks."""
         check_number("k", k, low=1)
-        tables, size = [], self.model.config.block_size - (self.model.config.segments != "window")
-        for position in (start == MASK_ID).nonzero()[:, 0].tolist():
-            if isinstance(self.model, GPT):
-                prompt = F.pad(start[None, :position], (1, 0), value=START_ID)
-                logits = SlidingContext(self.model, prompt, 0, context_len).next_logits()[0]
-            else:
-                first = max(0, min(position - size // 2, len(start) - size))
-                predict = mask_predictor(self.model, may_end=position == len(start) - 1)
-                logits = predict(start[None, first : first + size])[0, position - first]
-            best = in_float64(logits).softmax(-1).topk(min(k, int((logits > -torch.inf).sum())))
+        states = write(self.model, [start], self.settings(**settings))
+        state = next((state for state in states if len(state.masked[0])), None)  # before anything is written
+        tables = []
+        for position, p in zip(state.masked[0].tolist(), state.probabilities[0], strict=True) if state else ():
+            best = p.topk(min(k, int((p > 0).sum())))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            tables.append((position, [(self.tokenizer.id_to_char[i], p) for i, p in pairs]))
-            if isinstance(self.model, GPT):
-                break
+            tables.append((position, [(self.tokenizer.id_to_char[i], q) for i, q in pairs]))
         return tables

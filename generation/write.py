@@ -9,7 +9,6 @@ Letters: B texts, T tokens, V vocabulary, n positions written at a step, m maske
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,6 @@ class State:
     nfe: int  # network evaluations so far, of all texts together
 
 
-@singledispatch
 def write(
     model: Transformer,
     starts: Sequence[Tensor],
@@ -50,19 +48,25 @@ def write(
     `logits.row_generators`. A model of texts that end may write [END]: [END]s fill the rest of the text.
     Raises ArgumentError or ValueError before the first step for settings or starts that do not fit.
     """
-    raise TypeError(f"no writer for {type(model).__name__}")
+    texts = [start.to("cpu", copy=True) for start in starts]
+    if not texts or not all(map(len, texts)):
+        raise ValueError("there is nothing to write: a text needs at least one character or [MASK]")
+    return (continue_texts if isinstance(model, GPT) else fill_texts)(model, texts, config, generator)
+
+
+def state_of(texts: list[Tensor], rows: list[int], written, masked, probabilities, nfe: int) -> State:
+    """The state after a step of the texts with the numbers `rows`; of the others, nothing was written or looked at."""
+
+    def of_all(values: Sequence[Tensor]) -> list[Tensor]:
+        found = dict(zip(rows, values, strict=True))
+        return [found.get(b, values[0][:0]) for b in range(len(texts))]
+
+    return State(texts, of_all(written), of_all(masked), of_all(probabilities), nfe)
 
 
 def groups_of(keys: Sequence) -> list[list[int]]:
     """The numbers of the texts with equal keys, which are written as one batch."""
     return [[b for b, key in enumerate(keys) if key == k] for k in sorted(set(keys))]
-
-
-def check_starts(starts: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the starts, on the CPU."""
-    if not len(starts) or not all(len(start) for start in starts):
-        raise ValueError("there is nothing to write: a text needs at least one character or [MASK]")
-    return [start.to("cpu", copy=True) for start in starts]
 
 
 def known_before_masks(text: Tensor) -> int | None:
@@ -71,50 +75,37 @@ def known_before_masks(text: Tensor) -> int | None:
     return None if (text[:known] == MASK_ID).any() else known
 
 
-def at_rows(count: int, rows: Sequence[int], values: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """`count` tensors: values[i] at rows[i], empty ones like `like` elsewhere."""
-    found = dict(zip(rows, values, strict=True))
-    return [found.get(b, like[:0]) for b in range(count)]
-
-
 # ------------------------------------------------------------------------------------------------- LLaDA
-@write.register
-def fill(model: LLaDAModel, starts, config: SamplingConfig, generator=None) -> Iterator[State]:
+def fill_texts(model: LLaDAModel, texts: list[Tensor], config: SamplingConfig, generator) -> Iterator[State]:
     """LLaDA: texts up to block_size are one window, longer ones are filled window by window, each beginning
     config.slide tokens after the one before. A text that may end is one window."""
-    texts, size = check_starts(starts), model.config.block_size
+    size, ends = model.config.block_size, model.config.segments != "window"
     slide = max(1, size // 2) if config.slide is None else config.slide
     if not 1 <= slide <= size:
         raise ArgumentError("slide", f"must be in 1..{size} (block_size), got {slide}")
-    ends = model.config.segments != "window"
     if ends and max(map(len, texts)) > size - 1:
         raise ValueError(f"a text of {max(map(len, texts))} tokens is too long: this model writes at most {size - 1}")
-    may_end = [ends and known_before_masks(text) is not None for text in texts]
     for text in texts:
-        check_windows(config, text == MASK_ID, window_starts(len(text), size, slide), size)
+        check_windows(config, text == MASK_ID, size, slide)
+    may_end = [ends and known_before_masks(text) is not None for text in texts]
     generators, nfe = row_generators(generator, texts), 0
     for rows in groups_of([(len(text), end) for text, end in zip(texts, may_end, strict=True)]):
-        predict, sampling = mask_predictor(model, may_end[rows[0]]), config
-        batch, own = torch.stack([texts[b] for b in rows]), [generators[b] for b in rows]
-        whole = (config.block_length, config.schedule) == (None, "uniform")
-        if may_end[rows[0]] and "confidence" in config.order and whole:
+        batch, own, end = torch.stack([texts[b] for b in rows]), [generators[b] for b in rows], may_end[rows[0]]
+        for b, row in zip(rows, batch, strict=True):
+            texts[b] = row  # a view: what is written to the batch is written to the text
+        predict, sampling, free, T = mask_predictor(model, end), config, batch == MASK_ID, batch.shape[1]
+        if end and "confidence" in config.order and config.block_length is None and config.schedule == "uniform":
             # A confidence order would reveal the far-right [END]s first, and so write scraps of text: fill in blocks.
-            T = batch.shape[1]
             sampling = replace(config, block_length=max(END_BLOCK, -(-T // (config.steps or T))))
-        free = batch == MASK_ID
-        for first in window_starts(batch.shape[1], size, slide):
-            columns, before = slice(first, first + size), nfe
-            window = batch[:, columns]
+        for first in window_starts(T, size, slide):
+            window, before = batch[:, first : first + size], nfe
             for step in reverse_process(predict, window, MASK_ID, sampling, never=NEVER_WRITTEN, generator=own):
-                batch[:, columns] = step.tokens
-                if may_end[rows[0]]:
+                window.copy_(step.tokens)
+                if end:
                     cut_at_end(batch, free)
-                for text, row in zip([texts[b] for b in rows], batch, strict=True):
-                    text[columns] = row[columns]
-                revealed, masked = ([first + row.nonzero()[:, 0] for row in x] for x in (step.revealed, step.masked))
-                p = step.probabilities.split([len(positions) for positions in masked])
-                nfe, where = before + step.nfe, (at_rows(len(texts), rows, x, texts[0]) for x in (revealed, masked))
-                yield State(texts, *where, at_rows(len(texts), rows, p, step.probabilities), nfe)
+                nfe = before + step.nfe
+                written, masked = ([first + row.nonzero()[:, 0] for row in x] for x in (step.revealed, step.masked))
+                yield state_of(texts, rows, written, masked, step.probabilities.split([*map(len, masked)]), nfe)
 
 
 def window_starts(length: int, block_size: int, slide: int) -> list[int]:
@@ -127,16 +118,15 @@ def window_starts(length: int, block_size: int, slide: int) -> list[int]:
     return [*range(0, last, slide), last]
 
 
-def check_windows(config: SamplingConfig, masked: Tensor, starts: list[int], block_size: int) -> None:
+def check_windows(config: SamplingConfig, masked: Tensor, block_size: int, slide: int) -> None:
     """Raise ArgumentError unless the plan fits every window of a text with masked (T,): those before it fill theirs."""
-    patterns, filled = set(), 0
-    for start in starts:
+    windows, filled = {}, 0
+    for start in window_starts(len(masked), block_size, slide):
         window = masked[start : start + block_size].clone()
         window[: max(0, filled - start)] = False
+        windows[window.numpy().tobytes()] = window  # most windows of a long text look the same
         filled = start + block_size
-        if window.numpy().tobytes() not in patterns:  # most windows of a long text look the same
-            patterns.add(window.numpy().tobytes())
-            make_plan(window[None], config)
+    make_plan(torch.stack([*windows.values()]), config)
 
 
 def mask_predictor(model: LLaDAModel, may_end: bool = False) -> Callable[[Tensor], Tensor]:
@@ -169,33 +159,23 @@ def cut_at_end(texts: Tensor, free: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- GPT
-def continued(starts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Copies of the starts and how many tokens of each are given. Raises ValueError for a token behind a mask."""
-    texts = check_starts(starts)
+def continue_texts(model: GPT, texts: list[Tensor], config: DecodingConfig, generator) -> Iterator[State]:
+    """GPT: one token a step. [START] opens every text. Texts whose starts are of one form are a batch."""
     known = [known_before_masks(text) for text in texts]
     if None in known:
         raise ValueError("GPT continues a text: no token may stand behind a [MASK]; LLaDA fills gaps")
-    return texts, known
-
-
-@write.register
-def continue_from_left(model: GPT, starts, config: DecodingConfig, generator=None) -> Iterator[State]:
-    """GPT: one token a step. [START] opens every text. Texts whose starts are of one form are a batch."""
-    texts, known = continued(starts)
     prompts = [F.pad(text[:n], (1, 0), value=START_ID) for text, n in zip(texts, known, strict=True)]
     generators, nfe = row_generators(generator, prompts), 0  # a longer text begins as a shorter one
     for rows in groups_of([(len(text), n) for text, n in zip(texts, known, strict=True)]):
-        n, T = known[rows[0]], len(texts[rows[0]])
+        position, end = known[rows[0]], len(texts[rows[0]])
         batch, own = torch.stack([prompts[b] for b in rows]), [generators[b] for b in rows]
-        position = torch.tensor([n])
-        for tokens, p in decode(model, batch, config, max_out_tokens=T - n, generator=own):
+        for tokens, p in decode(model, batch, config, max_out_tokens=end - position, generator=own):
             for b, token in zip(rows, tokens.tolist(), strict=True):
                 texts[b][position] = token
-            nfe += 1
-            positions = at_rows(len(texts), rows, [position] * len(rows), position)
-            yield State(texts, positions, positions, at_rows(len(texts), rows, p.split(1), p), nfe)
-            position = position + 1
+            nfe, written = nfe + 1, [torch.tensor([position])] * len(rows)
+            yield state_of(texts, rows, written, written, p.split(1), nfe)
+            position += 1
         for b in rows:
             texts[b][texts[b] == MASK_ID] = END_ID  # all of them have ended
-    if nfe == 0:
+    if nfe == 0:  # no text has a mask
         yield State(texts, *([text[:0] for text in texts] for _ in range(3)), nfe)

@@ -9,14 +9,15 @@ from unittest import mock
 
 import pytest
 import torch
-from toy import random_model
+from toy import random_model, seeded
 
 from autoregressive import exact_nll
 from config import DecodingConfig, ModelConfig, SamplingConfig
+from extras.bpe import train_bpe
 from generation import GeneratorTransformer
-from generation.text import parse_template, pieces_of, prompt_start
+from generation.text import parse_template, pieces_of
 from generation.write import known_before_masks, mask_predictor, window_starts, write
-from model import GPT, LLaDAModel
+from model import LLaDAModel
 from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
 from utils.errors import ArgumentError
 
@@ -26,41 +27,40 @@ A, B = 4, 5
 BOTH = pytest.mark.parametrize("name", ["gpt", "llada"])
 
 
-def small_model(name: str, block_size: int = 16, tokenizer=TOKENIZER, segments: str = "window"):
+def writer_of(name: str = "llada", block_size: int = 16, tokenizer=TOKENIZER, segments: str = "window"):
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": block_size, "n_layer": 1}
-    return random_model(name, segments=segments, **sizes)
+    return GeneratorTransformer(random_model(name, segments=segments, **sizes), tokenizer)
 
 
 def segment_writer(name: str, block_size: int = 5, segments: str = "line") -> GeneratorTransformer:
-    return GeneratorTransformer(small_model(name, block_size, AB, segments), AB)
+    return writer_of(name, block_size, AB, segments)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return small_model("llada")
-
-
-@pytest.fixture
-def writer(model):
-    return GeneratorTransformer(model, TOKENIZER)
+def writer():
+    return writer_of()
 
 
 def masks(n: int) -> torch.Tensor:
     return torch.full((n,), MASK_ID)
 
 
-def written(model, starts, seed: int = 0, **settings):
+def written(model, starts, **settings):
     """The last state."""
-    config = (DecodingConfig if isinstance(model, GPT) else SamplingConfig)(**settings)
-    *_, state = write(model, starts, config, torch.Generator().manual_seed(seed))
+    *_, state = write(model, starts, SamplingConfig(**settings), seeded())
     return state
 
 
+def texts_of(writer, prompts: list[str], length: int, history=(), **settings) -> list[str]:
+    pieces = writer.stream(prompts, writer.settings(**settings), max_out_tokens=length, history=history)
+    return ["".join(text) for text in zip(*pieces, strict=True)]
+
+
 # ------------------------------------------------------------------------------------------------- templates
-def test_a_template_is_text_with_counted_masks(model):
+def test_a_template_is_text_with_counted_masks(writer):
     a, b = TOKENIZER.char_to_id["a"], TOKENIZER.char_to_id["b"]
     assert parse_template("ab[MASK*3]b[MASK]", TOKENIZER).tolist() == [a, b, 1, 1, 1, b, 1]
-    start, known = prompt_start("[MASK]a", 2, model, TOKENIZER)  # a prompt is taken literally
+    start, known = writer.prompt_start("[MASK]a", 2)  # a prompt is taken literally
     assert start.tolist()[6:] == [a, 1, 1]
     assert (TOKENIZER.decode(start), known) == ("[MASK]a", 7)
     with pytest.raises(ValueError, match=r"unknown character 'z' .* at position 7"):
@@ -68,26 +68,25 @@ def test_a_template_is_text_with_counted_masks(model):
 
 
 def test_given_characters_stay_and_every_mask_becomes_one_character(writer):
-    for template, pattern in [("ab[MASK*6] gh", "ab...... gh"), ("a[MASK*50]b", f"a{'.' * 50}b"), ("[MASK]", ".")]:
+    for template, pattern in [("ab[MASK*6] gh", "ab...... gh"), ("a[MASK*50]b", f"a{'.' * 50}b"), ("abc", "abc")]:
         text = writer.infill(template)
         assert len(text) == len(pattern)  # no [END], which this model predicts as often as any other token
         assert all(p in (".", c) for c, p in zip(text, pattern, strict=True))
-    assert writer.infill("abc") == "abc"
 
 
-def test_windows_cover_a_text_and_the_sweep_costs_16_evaluations_each(model):
+def test_windows_cover_a_text_and_the_sweep_costs_16_evaluations_each(writer):
     assert window_starts(41, 16, 8) == [0, 8, 16, 24, 25]
-    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
-        state = written(model, [masks(400)], steps=4, correct=0)
+    with mock.patch.object(writer.model, "forward", wraps=writer.model.forward) as forward:
+        state = written(writer.model, [masks(400)], steps=4, correct=0)
     seen = [call.args[0].shape[1] for call in forward.call_args_list]
     assert set(seen) == {16}  # the cost of a character does not depend on the length of the text
     assert len(seen) == state.nfe == 4 * len(window_starts(400, 16, 8))
-    larger = small_model("llada", 32)
+    larger = writer_of(block_size=32).model
     for length, windows in ((20, 1), (32, 1), (48, 2), (80, 4)):
         assert written(larger, [masks(length)], correct=0).nfe == 16 * windows
-    states = list(write(small_model("llada", 256), [masks(240)], SamplingConfig(block_length=16, correct=0)))
-    assert states[-1].nfe == len(states) == 240  # 16 a block, and not 16 for all blocks
-    assert all(len(state.written[0]) == 1 for state in states)
+    states = write(writer_of(block_size=256).model, [masks(240)], SamplingConfig(block_length=16, correct=0))
+    costs = [(state.nfe, len(state.written[0])) for state in states]
+    assert costs == [(k + 1, 1) for k in range(240)]  # 16 a block, and not 16 for all blocks
 
 
 SETTINGS = [
@@ -128,8 +127,15 @@ def test_the_pieces_of_a_long_text_are_found_in_linear_time():
             text[i] = A
             yield SimpleNamespace(texts=[text])
 
-    assert "".join(piece for [piece] in pieces_of(states(), AB, [0])) == "a" * 600
+    assert "".join(piece for [piece] in pieces_of(states(), AB, [0], DecodingConfig())) == "a" * 600
     assert Counted.looks < 5 * 600
+
+
+def test_pieces_never_end_inside_a_character_but_at_the_end_of_the_text():
+    tokenizer = train_bpe(["ab"], 261)
+    ids = torch.from_numpy(tokenizer.encode("a\u00e9\u00e9").astype("int64"))  # é is two bytes, each a token
+    states = (SimpleNamespace(texts=[torch.cat([ids[:n], masks(4 - n)])]) for n in range(1, 5))
+    assert list(pieces_of(states, tokenizer, [0], DecodingConfig())) == [["a"], [""], ["\u00e9"], [""], ["\ufffd"]]
 
 
 @pytest.mark.parametrize(
@@ -145,16 +151,16 @@ def test_the_pieces_of_a_long_text_are_found_in_linear_time():
         ("[MASK]bcdefghabcdefgh[MASK]bcdefg[MASK]", {"steps": 1, "block_length": 4}, "steps must be at least 2"),
     ],
 )
-def test_bad_values_are_refused_before_anything_is_written(model, template, settings, message):
+def test_bad_values_are_refused_before_anything_is_written(writer, template, settings, message):
     """Also settings that fit the first window of a text and not a later one."""
     expected = nullcontext() if message is None else pytest.raises(ValueError, match=message)
-    with mock.patch.object(model, "forward", wraps=model.forward) as forward, expected:
-        written(model, [parse_template(template, TOKENIZER)], **settings)
+    with mock.patch.object(writer.model, "forward", wraps=writer.model.forward) as forward, expected:
+        writer.infill(template, **settings)
     assert bool(forward.called) == (message is None)
 
 
 def test_gpt_fills_no_gaps():
-    gpt = GeneratorTransformer(small_model("gpt"), TOKENIZER)
+    gpt = writer_of("gpt")
     assert gpt.infill("a[MASK*3]").startswith("a")
     with pytest.raises(ValueError, match=r"no token may stand behind a \[MASK\]"):
         gpt.infill("a[MASK]b")
@@ -162,12 +168,6 @@ def test_gpt_fills_no_gaps():
 
 
 # ------------------------------------------------------------------------------------------------- texts that end
-def frequencies(writer, count: int = 3000, **settings) -> dict[str, float]:
-    pieces = writer.stream([""] * count, writer.settings(temperature=1.0, **settings), max_out_tokens=3)
-    texts = ["".join(text) for text in zip(*pieces, strict=True)]
-    return {text: texts.count(text) / count for text in set(texts)}
-
-
 @pytest.mark.parametrize(("name", "settings"), [("gpt", {}), ("llada", {"order": "left", "correct": 0})])
 def test_segments_are_written_with_their_likelihood(name, settings):
     """LLaDA from left to right, so that what stands behind the [END] plays no part."""
@@ -179,11 +179,10 @@ def test_segments_are_written_with_their_likelihood(name, settings):
             expected[text] = math.exp(-float(exact_nll(writer.model, row[None], START_ID).sum()))
             continue
         seen = [torch.cat([row[:i], masks(3 - i)]) for i in range(len(row))]
-        p = [predict(x[None])[0, i].softmax(-1)[row[i]].item() for i, x in enumerate(seen)]
-        expected[text] = math.prod(p)
+        expected[text] = math.prod(predict(x[None])[0, i].softmax(-1)[row[i]].item() for i, x in enumerate(seen))
     assert sum(expected.values()) == pytest.approx(1)
-    found = frequencies(writer, **settings)
-    assert all(found.get(text, 0) == pytest.approx(p, abs=0.035) for text, p in expected.items())
+    found = texts_of(writer, [""] * 3000, 3, temperature=1.0, **settings)
+    assert all(found.count(text) / 3000 == pytest.approx(p, abs=0.035) for text, p in expected.items())
 
 
 def test_llada_reads_a_segment_as_it_learned_it():
@@ -232,35 +231,30 @@ def test_orders_of_confidence_do_not_begin_with_the_ends_at_the_far_end(order, s
 
 # ------------------------------------------------------------------------------------------------- pairs
 def test_the_prompt_of_a_pair_ends_with_start_and_the_newest_of_a_conversation_stand_before_it():
-    model, history = segment_writer("llada", 16, "pairs").model, [("a", "b"), ("ab", "ba")]
-
-    def given(room: int, history=()) -> list[int]:
-        start, known = prompt_start("b", room, model, AB, history)
+    writer, history = segment_writer("llada", 16, "pairs"), [("a", "b"), ("ab", "ba")]
+    newest = [A, B, START_ID, B, A, END_ID, START_ID, B, START_ID]
+    for room, earlier, expected in (
+        (9, [], [B, START_ID]),
+        (2, history, newest),
+        (1, history, [A, START_ID, B, END_ID, START_ID, *newest]),
+        (8, history, [B, START_ID]),
+    ):
+        start, known = writer.prompt_start("b", room, earlier)
+        assert start[:known].tolist() == expected
         assert (start[known:] == MASK_ID).all()
         assert len(start) <= 15
-        return start[:known].tolist()
-
-    assert given(9) == [B, START_ID]
-    newest = [A, B, START_ID, B, A, END_ID, START_ID, B, START_ID]
-    assert given(2, history) == newest
-    assert given(1, history) == [A, START_ID, B, END_ID, START_ID, *newest]
-    assert given(8, history) == [B, START_ID]
 
 
 @BOTH
 def test_a_model_of_pairs_writes_completions_alone_and_keeps_the_conversation(name):
-    writer = segment_writer(name, 16, "pairs")
-
-    def texts(length: int, **arguments) -> list[str]:
-        pieces = writer.stream(["ab"] * 30, writer.settings(temperature=1.0), max_out_tokens=length, **arguments)
-        return ["".join(text) for text in zip(*pieces, strict=True)]
-
-    assert {len(text) for text in texts(6)} <= set(range(7))
-    assert set("".join(texts(6))) <= set("ab")
-    assert any(not text.startswith("ab") for text in texts(6))
-    with_history = texts(4, history=[("b", "b")])
+    writer, prompts = segment_writer(name, 16, "pairs"), ["ab"] * 30
+    texts = texts_of(writer, prompts, 6, temperature=1.0)
+    assert max(map(len, texts)) <= 6
+    assert set("".join(texts)) <= set("ab")
+    assert any(not text.startswith("ab") for text in texts)
+    with_history = texts_of(writer, prompts, 4, history=[("b", "b")], temperature=1.0)
     assert max(map(len, with_history)) > 0  # the [END] of the earlier answer ends nothing
-    assert with_history != texts(4)
+    assert with_history != texts_of(writer, prompts, 4, temperature=1.0)
     assert len(writer.generate("ab", max_out_tokens=3)) <= 3
 
 

@@ -12,36 +12,34 @@ import pytest
 import torch
 from PIL import Image
 from rich.cells import cell_len
+from rich.console import Console
 from rich.style import Style
-from toy import random_model
+from toy import random_model, seeded
 
-from config import DecodingConfig, SamplingConfig
+from generation import GeneratorTransformer
 from generation import terminal as views
 from generation.gif import moments, write_gif
-from generation.history import Frame, History, Recorder, Replay, Run, Status, layout
-from generation.terminal import PAUSE, Screen, View, plain_line, side_by_side, style_of, text_stands
-from generation.text import prompt_start
+from generation.history import Frame, History, Recorder, Replay, Run, Status, layout, visible
+from generation.terminal import PAUSE, View, plain_line, side_by_side, style_of, text_stands
 from generation.write import write
 from model import MODELS
 from tokenizer import SimpleTokenizer
 
 TOKENIZER = SimpleTokenizer("\x1b\n abcdefgh")
-BLOCK_SIZE = 16
 
 
 def recorded(name: str, prompt: str, length: int, view: View | None = None, first: int = 0, **settings) -> History:
     """The history of a text that a random model writes; it ends with the finished text."""
-    model = random_model(name, vocab_size=TOKENIZER.vocab_size, block_size=BLOCK_SIZE)
-    start, _ = prompt_start(prompt, length, model, TOKENIZER)
+    writer = GeneratorTransformer(random_model(name, vocab_size=TOKENIZER.vocab_size), TOKENIZER)
+    start, _ = writer.prompt_start(prompt, length)
     recorder = Recorder(start, TOKENIZER, name, first)
-    config = (DecodingConfig if name == "gpt" else SamplingConfig)(**settings)
-    for state in write(model, [start] * 2, config, torch.Generator().manual_seed(1)):
+    for state in write(writer.model, [start] * 2, writer.settings(**settings), seeded(1)):
         recorder.add(state, 0.01 * (len(recorder.history.frames) + 1))
         if view:
             view.show(recorder.history)
-    text = [TOKENIZER.id_to_char[i] for i in state.texts[0].tolist()]
+    text = [visible(TOKENIZER.id_to_char[i]) for i in state.texts[0].tolist()]
     cells = Replay(recorder.history).advance().cells
-    assert [cell.token for cell in cells] == text[first:][: len(cells)]  # behind an [END] GPT writes no more
+    assert [cell.text for cell in cells] == text[first:][: len(cells)]  # behind an [END] GPT writes no more
     return recorder.history
 
 
@@ -55,12 +53,16 @@ def texts_of(replay: Replay, width: int = 80) -> list[str]:
     return ["".join(run.text for run in line).rstrip() for line in replay.lines(width)]
 
 
-def plain(lines) -> list[str]:
-    return [line.plain.rstrip() for line in lines]
+def plain(renderable, width: int = 80) -> list[str]:
+    """The lines of a text or a table."""
+    console = Console(file=StringIO(), width=width, highlight=False, markup=False)
+    console.print(renderable)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def without_styles(output: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", output)
+def left_on(output: str) -> str:
+    """What stands on a terminal after a view was erased, without styles."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", output.rpartition("\x1b[2K")[2])
 
 
 @pytest.fixture
@@ -105,37 +107,32 @@ def pseudo_terminal():
 
 
 # ------------------------------------------------------------------------------------------------- recording
-def test_a_history_of_gpt_grows_by_what_is_written():
+def test_a_history_of_gpt_grows_and_one_of_llada_keeps_what_the_network_believed_of_every_mask():
     history = recorded("gpt", "ab", 12, first=1)
     assert history.start == ["b"]  # what is hidden is left out
-    for k, frame in enumerate(history.frames):
-        assert list(frame.written) == list(frame.beliefs) == [1 + k]
-        token, p = frame.written[1 + k]
-        assert dict(frame.beliefs[1 + k]).get(token, p) == p > 0
-    assert [frame.nfe for frame in history.frames] == list(range(1, len(history.frames) + 1))
-
-
-def test_a_history_of_llada_keeps_what_the_network_believed_of_every_mask_before_it_wrote():
+    for k, frame in enumerate(history.frames, 1):
+        assert (frame.nfe, list(frame.written), list(frame.beliefs)) == (k, [k], [k])
+        token, p = frame.written[k]
+        assert dict(frame.beliefs[k]).get(token, p) == p > 0
     history = recorded("llada", "ab", 12, steps=4, correct=0)
     assert (history.start, len(history.frames)) == (["a", "b", *[None] * 12], 4)
     masked = set(range(2, 14))
-    for frame in history.frames:
+    for frame in history.frames:  # before it wrote
         assert set(frame.beliefs) == masked
         for beliefs in frame.beliefs.values():
-            assert len(beliefs) == 5
             assert [p for _, p in beliefs] == sorted((p for _, p in beliefs), reverse=True)
+            assert len(beliefs) == 5
         masked -= set(frame.written)
     assert not masked
 
 
 def test_corrections_are_seen_and_windows_of_a_long_text_appear_one_after_the_other():
     history = recorded("llada", "", 24, steps=4, correct=1, correct_temperature=9.0)
-    assert len(history.start) == BLOCK_SIZE
-    replay, statuses = Replay(history), []
-    for step in range(1, len(history.frames) + 1):
-        statuses.append({cell.status for cell in replay.advance(step).cells})
+    assert len(history.start) == 16  # the model's context
+    replay = Replay(history)
+    statuses = [{cell.status for cell in replay.advance(step + 1).cells} for step in range(len(history.frames))]
     assert len(replay.cells) == 24
-    assert any(Status.CORRECTED in now for now in statuses)
+    assert Status.CORRECTED in set().union(*statuses)
     assert Status.CORRECTED not in set().union(*statuses[:4])
     whole = Replay(history, whole=True).advance()
     assert {cell.status for cell in whole.cells} == {Status.SETTLED}  # nothing is new in a finished text
@@ -144,10 +141,8 @@ def test_corrections_are_seen_and_windows_of_a_long_text_appear_one_after_the_ot
 # ------------------------------------------------------------------------------------------------- lines
 @pytest.mark.parametrize("width", [2, 5, 13, 80])
 def test_lines_break_at_spaces_fit_the_width_and_keep_every_character(width):
-    draw = torch.Generator().manual_seed(0)
-    text = "".join("abc  \n漢é"[i] for i in torch.randint(8, (400,), generator=draw).tolist())
-    places = layout(text, width)
-    rows = ["".join(c for c, (r, _) in zip(text, places, strict=True) if r == row) for row in range(places[-1][0] + 1)]
+    text = "".join("abc  \n漢é"[i] for i in torch.randint(8, (400,), generator=seeded()).tolist())
+    rows = layout(text, width)
     assert "".join(rows) == text
     for row, after in pairwise(rows):
         assert cell_len(row.rstrip(" \n")) <= width
@@ -171,17 +166,15 @@ def test_control_characters_are_shown_and_line_breaks_when_they_are_written():
     history = History("GPT", ["a", "\x1b", "[", "2", "J", "\r", "\u202e", "[END]"])
     assert texts_of(Replay(history)) == ["a␛[2J␍�"]
     history = written_history("ab\n")
-    assert texts_of(Replay(history).advance()) == ["ab↵"]
-    assert texts_of(Replay(history, whole=True).advance()) == ["ab"]
-    long = written_history("a\x1b[1m\n" * 500)
-    assert re.fullmatch(r"3000 ….*a␛\[1m↵", plain_line(Replay(long).advance()))
-    assert len(plain_line(Replay(long).advance())) < 420
+    assert [texts_of(Replay(history, whole).advance()) for whole in (False, True)] == [["ab↵"], ["ab"]]
+    line = plain_line(Replay(written_history("a\x1b[1m\n" * 500)).advance())
+    assert re.fullmatch(r"3000 ….*a␛\[1m↵", line)
+    assert len(line) < 420
 
 
 def test_every_status_has_a_look_with_and_without_colours_and_probability_is_a_shade():
     looks = {status: Style.parse(style_of(Run("a", status, 2))) for status in Status}
-    assert len(set(looks.values())) == 5
-    assert len({looks[status].without_color for status in Status}) == 5
+    assert len(set(looks.values())) == len({look.without_color for look in looks.values()}) == 5
     assert len({style_of(Run("a", Status.SETTLED, shade)) for shade in range(4)}) == 4
     frames = [Frame(1, 0.0, {i: ("a", p) for i, p in enumerate((0.0, 0.3, 0.6, 0.9, 1.0))}, {})]
     assert [cell.shade for cell in Replay(History("", [], frames)).advance().cells] == [0, 1, 2, 3, 3]
@@ -191,42 +184,48 @@ def test_every_status_has_a_look_with_and_without_colours_and_probability_is_a_s
 def test_what_is_drawn_fits_the_screen_and_shows_the_last_lines(size):
     replays = [Replay(written_history("ab c\n" * 100 + end), whole=True).advance() for end in "xy"]
     for shown in ([replays[0]], replays):
-        lines = plain(side_by_side(shown, *size))
+        lines = plain(side_by_side(shown, *size), size[0])
         assert len(lines) == size[1]
         assert max(map(len, lines)) <= size[0]
         assert lines[0].startswith("GPT 50.10 s, 501 ")
         assert [word.strip() for word in lines[-1].split("│")] == ["x", "y"][: len(shown)]
-    assert len(side_by_side(replays, 80)) == 102
+    assert len(plain(side_by_side(replays, 80))) == 102
 
 
 # ------------------------------------------------------------------------------------------------- one text
-class FakeScreen(Screen):
-    """Keeps what is drawn."""
+class FakeScreen:
+    """Keeps what is drawn; its own console."""
+
+    width, height = 80, 24
 
     def __init__(self):
-        self.shown, self.left, self.console = [], None, views
-        views.width = 80
+        self.shown, self.left, self.console = [], None, self
 
-    def draw(self, replays, now=0.0) -> None:
-        self.shown.append(plain(side_by_side(replays, 80, 23, now)))
+    def update(self, table, refresh: bool) -> None:
+        self.shown.append(plain(table))
 
-    def leave(self, lines) -> None:
-        self.left = plain(lines)
+    def print(self, text, soft_wrap: bool) -> None:
+        self.left = plain(text)
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
         pass
 
+    stop = __exit__
 
-@pytest.mark.parametrize(("length", "pause", "total"), [(16, PAUSE, 16 * PAUSE), (600, 0.1, 5.0), (9, 0, 0)])
+
+@pytest.mark.parametrize(("length", "pause", "total"), [(16, PAUSE, 13.8 * PAUSE), (600, 0.1, 5.0), (9, 0, 0)])
 def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, length, pause, total):
     whole, times, view = written_history("a" * length), [], View(pause)
-    history, view.screen = History("LLaDA", whole.start), FakeScreen()
+    history, view.live = History("LLaDA", whole.start), FakeScreen()
     for frame in whole.frames:
         history.frames.append(frame)
         view.show(history)
         times.append(clock[0])
     view.finish()
-    assert "".join(view.screen.left) == "a" * length
+    assert "".join(view.live.left) == "a" * length
     assert clock[0] == pytest.approx(total, rel=0.02)
     pauses = [b - a for a, b in pairwise(times)]
     assert all(b <= a + 1e-9 for a, b in pairwise(pauses))  # ever faster
@@ -239,18 +238,24 @@ def test_the_finished_text_stands_once_at_the_end_of_the_terminal(terminal, name
         history = recorded(name, "a\x1bb\n", 60, view)
         view.finish()
     text = "".join(cell.text for cell in Replay(history).advance().cells)
-    shown = without_styles(output().rpartition("\x1b[2K")[2])  # after the view was erased
-    assert "".join(shown.split()) == "".join(text.split())
+    assert "".join(left_on(output()).split()) == "".join(text.split())
     assert re.search(name + r" 0\.\d\d s, \d+ evaluations? ", output())
 
 
-def test_where_the_text_goes(terminal, monkeypatch, capsys):
+def test_where_the_text_goes_and_what_a_terminal_without_colours_shows(terminal, monkeypatch):
     """A pipe gets it from the caller while the terminal keeps it too; a dumb terminal gets plain lines."""
     with terminal() as output, redirect_stdout(StringIO()), closing(View(pause=0)) as view:
         assert not text_stands()
         view.show(written_history("abc"))
         view.finish()
-    assert without_styles(output()).endswith("abc\n")
+    assert left_on(output()).endswith("abc\n")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with terminal() as output, suppress(KeyboardInterrupt), closing(View(pause=0)) as view:
+        view.show(written_history("abc"))
+        raise KeyboardInterrupt
+    assert "\x1b[1;7mc\x1b[0m" in output()  # the weights stay
+    assert "38;5" not in output()
+    assert output().rfind("\x1b[?25h") > output().rfind("\x1b[?25l")  # the cursor is given back
     monkeypatch.setenv("TERM", "dumb")
     with terminal() as output, closing(View()) as view:
         view.show(written_history("ab\nc"))
@@ -259,20 +264,10 @@ def test_where_the_text_goes(terminal, monkeypatch, capsys):
     assert output() == "   4 ab↵c\n"
 
 
-def test_without_colour_the_weights_stay_and_an_interrupted_view_gives_the_cursor_back(terminal, monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    with terminal() as output, suppress(KeyboardInterrupt), closing(View(pause=0)) as view:
-        view.show(written_history("abc"))
-        raise KeyboardInterrupt
-    assert "\x1b[1;7mc\x1b[0m" in output()
-    assert "38;5" not in output()
-    assert output().rfind("\x1b[?25h") > output().rfind("\x1b[?25l")
-
-
 # ------------------------------------------------------------------------------------------------- race and animation
 def test_a_race_keeps_the_common_clock(clock, monkeypatch):
     screen = FakeScreen()
-    monkeypatch.setattr(views, "Screen", lambda: screen)
+    monkeypatch.setattr(views, "screen", lambda: screen)
     monkeypatch.setattr(views, "is_screen", lambda: True)
     views.race([written_history("ab", "LLaDA", seconds=0.1), written_history("xyz" * 5, "GPT", seconds=0.1)])
     assert clock[0] == pytest.approx(views.REPLAY_SECONDS, abs=0.1)
@@ -287,8 +282,7 @@ def test_a_race_on_a_terminal_leaves_both_texts(terminal, monkeypatch, capsys):
     histories = [written_history("ab cd", label, masked=True) for label in "AB"]
     with terminal() as output:
         views.race(histories)
-    shown = without_styles(output().rpartition("\x1b[2K")[2])
-    assert shown.count("ab cd") == 2
+    assert left_on(output()).count("ab cd") == 2
     views.race(histories)
     assert capsys.readouterr().err == ""  # elsewhere there is nothing to see
 

@@ -100,10 +100,10 @@ def test_on_a_terminal_messages_break_at_spaces_and_commands_stay_whole(width, m
 
 def test_control_characters_are_shown_on_a_terminal_and_exact_elsewhere(monkeypatch, capsys):
     text = "".join(map(chr, range(0x100))) + "\u202e\u2028é\n"
-    console.write(text)
+    console.print_out(text)
     assert capsys.readouterr().out == text
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    console.write(text)
+    console.print_out(text)
     shown = capsys.readouterr().out
     assert len(shown) == len(text)
     for before, after in zip(text, shown, strict=True):
@@ -129,7 +129,7 @@ def test_waiting_input_is_noticed_without_reading_it(monkeypatch):
 
 PROGRAM = """
 import time
-from utils.console import progress, read_input, run_program, say, write
+from utils.console import progress, read_input, run_program, say, print_out
 def main():
     say("read", len(read_input()), "bytes")
     with progress(3, "work") as update:
@@ -138,7 +138,7 @@ def main():
             say("x" * 70000)
             time.sleep(0.05)
     for _ in range(3):
-        write("result\\n" * 20000)
+        print_out("result\\n" * 20000)
         time.sleep(0.05)
     open("done", "w").close()
 run_program(main)

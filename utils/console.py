@@ -51,7 +51,7 @@ def fail(program: str, problem: str) -> NoReturn:
     sys.exit(2)
 
 
-def write(text: str, end: str = "") -> None:
+def print_out(text: str, end: str = "") -> None:
     """Print a program's result: at once and `printable` on a terminal, exact to a file or a pipe."""
     on_terminal = sys.stdout.isatty()
     print(printable(text) if on_terminal else text, end=end, flush=on_terminal)
