@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from rich.cells import cell_len
+from rich.console import Console
 from rich.style import Style
 from toy import random_model
 
 from config import DecodingConfig, SamplingConfig
 from generation import terminal as views
 from generation.gif import moments, write_gif
-from generation.history import Frame, History, Recorder, Replay, Run, Status, layout
-from generation.terminal import PAUSE, Screen, View, plain_line, side_by_side, style_of, text_stands
+from generation.history import Frame, History, Recorder, Replay, Run, Status, layout, visible
+from generation.terminal import PAUSE, View, plain_line, side_by_side, style_of, text_stands
 from generation.text import prompt_start
 from generation.write import write
 from model import MODELS
@@ -39,9 +40,9 @@ def recorded(name: str, prompt: str, length: int, view: View | None = None, firs
         recorder.add(state, 0.01 * (len(recorder.history.frames) + 1))
         if view:
             view.show(recorder.history)
-    text = [TOKENIZER.id_to_char[i] for i in state.texts[0].tolist()]
+    text = [visible(TOKENIZER.id_to_char[i]) for i in state.texts[0].tolist()]
     cells = Replay(recorder.history).advance().cells
-    assert [cell.token for cell in cells] == text[first:][: len(cells)]  # behind an [END] GPT writes no more
+    assert [cell.text for cell in cells] == text[first:][: len(cells)]  # behind an [END] GPT writes no more
     return recorder.history
 
 
@@ -55,8 +56,11 @@ def texts_of(replay: Replay, width: int = 80) -> list[str]:
     return ["".join(run.text for run in line).rstrip() for line in replay.lines(width)]
 
 
-def plain(lines) -> list[str]:
-    return [line.plain.rstrip() for line in lines]
+def plain(renderable, width: int = 80) -> list[str]:
+    """The lines of a text or a table."""
+    console = Console(file=StringIO(), width=width, highlight=False, markup=False)
+    console.print(renderable)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
 def without_styles(output: str) -> str:
@@ -146,8 +150,7 @@ def test_corrections_are_seen_and_windows_of_a_long_text_appear_one_after_the_ot
 def test_lines_break_at_spaces_fit_the_width_and_keep_every_character(width):
     draw = torch.Generator().manual_seed(0)
     text = "".join("abc  \n漢é"[i] for i in torch.randint(8, (400,), generator=draw).tolist())
-    places = layout(text, width)
-    rows = ["".join(c for c, (r, _) in zip(text, places, strict=True) if r == row) for row in range(places[-1][0] + 1)]
+    rows = layout(text, width)
     assert "".join(rows) == text
     for row, after in pairwise(rows):
         assert cell_len(row.rstrip(" \n")) <= width
@@ -191,42 +194,48 @@ def test_every_status_has_a_look_with_and_without_colours_and_probability_is_a_s
 def test_what_is_drawn_fits_the_screen_and_shows_the_last_lines(size):
     replays = [Replay(written_history("ab c\n" * 100 + end), whole=True).advance() for end in "xy"]
     for shown in ([replays[0]], replays):
-        lines = plain(side_by_side(shown, *size))
+        lines = plain(side_by_side(shown, *size), size[0])
         assert len(lines) == size[1]
         assert max(map(len, lines)) <= size[0]
         assert lines[0].startswith("GPT 50.10 s, 501 ")
         assert [word.strip() for word in lines[-1].split("│")] == ["x", "y"][: len(shown)]
-    assert len(side_by_side(replays, 80)) == 102
+    assert len(plain(side_by_side(replays, 80))) == 102
 
 
 # ------------------------------------------------------------------------------------------------- one text
-class FakeScreen(Screen):
-    """Keeps what is drawn."""
+class FakeScreen:
+    """Keeps what is drawn; its own console."""
+
+    width, height = 80, 24
 
     def __init__(self):
-        self.shown, self.left, self.console = [], None, views
-        views.width = 80
+        self.shown, self.left, self.console = [], None, self
 
-    def draw(self, replays, now=0.0) -> None:
-        self.shown.append(plain(side_by_side(replays, 80, 23, now)))
+    def update(self, table, refresh: bool) -> None:
+        self.shown.append(plain(table))
 
-    def leave(self, lines) -> None:
-        self.left = plain(lines)
+    def print(self, text, soft_wrap: bool) -> None:
+        self.left = plain(text)
 
-    def close(self) -> None:
+    def stop(self, *_) -> None:
         pass
 
+    def __enter__(self):
+        return self
 
-@pytest.mark.parametrize(("length", "pause", "total"), [(16, PAUSE, 16 * PAUSE), (600, 0.1, 5.0), (9, 0, 0)])
+    __exit__ = stop
+
+
+@pytest.mark.parametrize(("length", "pause", "total"), [(16, PAUSE, 13.8 * PAUSE), (600, 0.1, 5.0), (9, 0, 0)])
 def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, length, pause, total):
     whole, times, view = written_history("a" * length), [], View(pause)
-    history, view.screen = History("LLaDA", whole.start), FakeScreen()
+    history, view.live = History("LLaDA", whole.start), FakeScreen()
     for frame in whole.frames:
         history.frames.append(frame)
         view.show(history)
         times.append(clock[0])
     view.finish()
-    assert "".join(view.screen.left) == "a" * length
+    assert "".join(view.live.left) == "a" * length
     assert clock[0] == pytest.approx(total, rel=0.02)
     pauses = [b - a for a, b in pairwise(times)]
     assert all(b <= a + 1e-9 for a, b in pairwise(pauses))  # ever faster
@@ -272,7 +281,7 @@ def test_without_colour_the_weights_stay_and_an_interrupted_view_gives_the_curso
 # ------------------------------------------------------------------------------------------------- race and animation
 def test_a_race_keeps_the_common_clock(clock, monkeypatch):
     screen = FakeScreen()
-    monkeypatch.setattr(views, "Screen", lambda: screen)
+    monkeypatch.setattr(views, "screen", lambda: screen)
     monkeypatch.setattr(views, "is_screen", lambda: True)
     views.race([written_history("ab", "LLaDA", seconds=0.1), written_history("xyz" * 5, "GPT", seconds=0.1)])
     assert clock[0] == pytest.approx(views.REPLAY_SECONDS, abs=0.1)
