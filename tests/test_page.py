@@ -186,7 +186,6 @@ def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path, monkeypat
 
     assert "rotary" in problem(fake(arch="vanilla"))
     assert "merge" in problem(fake(lora_rank=2))
-    assert "stream" in problem(fake(parallel=2))
     assert "--segments line" in problem(fake(segments="line"))
     subwords = fake()
     subwords.tokenizer = SimpleNamespace(id_to_char=TOKENIZER.id_to_char | {9: "the"})
