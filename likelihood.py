@@ -60,12 +60,10 @@ class Likelihood:
     @classmethod
     def from_token_nats(cls, token_nats: list[Tensor], is_bound: bool = False) -> "Likelihood":
         """From the (N, T) nats of each token, a list with one tensor for each window length. A token is a character."""
-        return cls.join(
-            [
-                cls(nats.double(), nats.double().sum(1), torch.full((len(nats),), nats.shape[1]), is_bound)
-                for nats in token_nats
-            ]
-        )
+        return cls.join([
+            cls(nats.double(), nats.double().sum(1), torch.full((len(nats),), nats.shape[1]), is_bound)
+            for nats in token_nats
+        ])
 
     def per(self, characters: Tensor) -> "Likelihood":
         """The same for windows of so many characters, (N,): tokens may stand for several of them, or for none."""

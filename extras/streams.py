@@ -211,3 +211,5 @@ def write_window(
         latest[:, len(columns) :] = PAD_ID  # beyond the text: as it is scored, so that the others see nothing drawn
         texts[:, columns] = latest[:, : len(columns)]
         yield columns, logits[:, : len(columns)].softmax(-1)
+
+

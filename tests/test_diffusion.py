@@ -177,7 +177,9 @@ def test_sweeps_look_as_the_default_sampler_meets_a_text(monkeypatch):
     may_mask = torch.arange(100) >= 7
     masks, _ = sweeps_from(0, may_mask, SWEEP_STEPS, 0.7, monkeypatch)
     tokens = torch.where(may_mask, MASK, 0)[None]
-    steps = reverse_process(lambda tokens: torch.zeros(*tokens.shape, V), tokens, MASK, SamplingConfig(correct=0))
+    steps = reverse_process(
+        lambda tokens: torch.zeros(*tokens.shape, V), tokens, MASK, SamplingConfig(correct=0)
+    )
     assert torch.equal(masks, torch.cat([step.masked for step in steps]))
 
 
