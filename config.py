@@ -461,7 +461,7 @@ class WriteRun:
     )  # fmt: skip
     watch: bool = setting(False, "show the text while it is written, on standard error", only=WRITES)
     pause: float = setting(
-        0.12, "how long --watch shows a step, at least", only={"watch": (True,)}, low=0, high=60, metavar="SECONDS"
+        0.12, "how long --watch shows the first step", only={"watch": (True,)}, low=0, high=60, metavar="SECONDS"
     )
     html: Path | None = setting(None, "write a page that plays how the text came about", only=SHOWN, metavar="FILE")
     gif: Path | None = setting(None, "... an animation of it", only=SHOWN, metavar="FILE")

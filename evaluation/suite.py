@@ -1,4 +1,4 @@
-"""The evaluation: which checkpoints, and what is measured, in stages. The result is metrics.json: plain values.
+"""The evaluation: which checkpoints, how each model writes, and what is measured. The result is metrics.json.
 
 Losses are in nats/char. Of subwords they are upper bounds: a text has other segmentations, which are not scored.
 Letters: N windows, T positions.
@@ -12,15 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from autoregressive import exact_nll
 from checkpoint import Checkpoint, load_checkpoint
+from config import SWEEP_STEPS, DecodingConfig, SamplingConfig
 from data import Corpus
 from evaluation.metrics import text_metrics, words
-from evaluation.samplers import sampler_likelihood, samplers_of, write_texts, writers_of
-from likelihood import Likelihood, half_width95
-from model import MODELS
+from generation.write import mask_predictor, write
+from likelihood import Likelihood, half_width95, policy_likelihood
+from model import GPT, MODELS, Transformer
+from sampler import has_exact_likelihood, policy_of
+from tokenizer import MASK_ID, START_ID
 from trainer import objective_of, scoring_batch_size
 from utils.console import say, track
 
+Config = SamplingConfig | DecodingConfig
 MOST_READ = 1 << 21  # characters of the training text that are read for its words and for copies
 WINDOWS, PAIRS, FEW, TEXTS = 8192, 8, 64, 32  # pairs of masks for each window; windows that all samplers score
 QUICK = 128, 2, 16, 8  # the same
@@ -43,12 +48,70 @@ def select_checkpoints(paths: list[Path], device: str) -> dict[str, Checkpoint]:
     return {name: found[name] for name in MODELS if name in found}
 
 
+# ------------------------------------------------------------------------------------------------- samplers
+def samplers_of(model: Transformer, T: int, quick: bool = False) -> dict[str, Config]:
+    """The samplers to compare on windows of T tokens, at temperature 1 and uncorrected; first the default one.
+
+    LLaDA: the sweep and the random order in several numbers of steps, others one token a step.
+    """
+    if isinstance(model, GPT):
+        return {"as trained": DecodingConfig(temperature=1.0)}
+    steps, single = ((16, 32), ("confidence",)) if quick else ((8, 16, 32), ("left", "confidence"))
+    found = {f"sweep, {min(SWEEP_STEPS, T)} steps": {}}
+    several = [(order, K) for order in ("sweep", "random") for K in steps if K < T]
+    found |= {f"{order}, {K} steps": {"order": order, "steps": K} for order, K in several}
+    found |= {f"{order}, {T} steps": {"order": order} for order in single}
+    found["confidence, threshold 0.9"] = {"order": "confidence", "threshold": 0.9}
+    return {name: SamplingConfig(temperature=1.0, correct=0, **settings) for name, settings in found.items()}
+
+
+def sampler_likelihood(model: Transformer, windows: Tensor, config: Config, seed: int = 0) -> tuple[Likelihood, float]:
+    """Negative log-likelihood of windows (N, T) under a sampler, in nats/token, and its evaluations for a window.
+
+    LLaDA's is teacher-forced, in the sampler's own order. Exact where the positions follow from what is visible; of
+    random order an upper bound in expectation over the drawn orders (Jensen). Raises ValueError for other samplers.
+    """
+    size = scoring_batch_size(model)
+    if isinstance(model, GPT):
+        nats = exact_nll(model, windows.to(model.device), START_ID, size).cpu()
+        return Likelihood.from_token_nats([nats]), windows.shape[1]
+    exact = has_exact_likelihood(config)
+    if not exact and config.order != "random":
+        raise ValueError(f"this sampler of order {config.order} has no likelihood")
+    policy = policy_of(config, None if exact else torch.Generator().manual_seed(seed))
+    settings = {"batch_size": size, "is_bound": not exact}
+    result, nfe = policy_likelihood(mask_predictor(model), windows.cpu(), policy, MASK_ID, **settings)
+    return result, float(nfe.double().mean())
+
+
+def writers_of(model: Transformer, quick: bool = False) -> dict[str, Config]:
+    """The settings to write texts with, by name; first those of generate.py."""
+    found = {"default": {}, "temperature 1": {"temperature": 1.0}}
+    if isinstance(model, GPT):
+        return {name: DecodingConfig(**settings) for name, settings in found.items()}
+    found |= {"64 steps": {"steps": 64}, "without correction": {"correct": 0}}
+    found |= {} if quick else {"drawn_confidence, 1 a step": {"order": "drawn_confidence", "correct": 0}}
+    return {name: SamplingConfig(**settings) for name, settings in found.items()}
+
+
+def write_texts(model: Transformer, N: int, T: int, config: Config, seed: int = 0) -> tuple[Tensor, int]:
+    """N texts of T tokens from nothing, (N, T), and the network evaluations that took."""
+    *_, state = write(model, [torch.full((T,), MASK_ID)] * N, config, torch.Generator().manual_seed(seed))
+    return torch.stack(state.texts), state.nfe
+
+
+# ------------------------------------------------------------------------------------------------- entries
 def figures(result: Likelihood, is_exact: bool = True) -> dict:
     """A likelihood's entry in metrics.json. is_exact: whether a text has no other tokens."""
-    nats, (low, high), is_bound = result.nats_per_char, result.ci95, result.is_bound or not is_exact
-    ci95 = [max(0.0, low), high] if math.isfinite(high) else None  # no loss is negative
-    figures = {"nats_per_char": nats, "ci95": ci95, "bits_per_char": nats / math.log(2), "perplexity": math.exp(nats)}
-    return figures | {"chars": int(result.characters.sum()), "is_bound": is_bound}
+    nats, (low, high) = result.nats_per_char, result.ci95
+    return {
+        "nats_per_char": nats,
+        "ci95": [max(0.0, low), high] if math.isfinite(high) else None,  # no loss is negative
+        "bits_per_char": nats / math.log(2),
+        "perplexity": math.exp(nats),
+        "chars": int(result.characters.sum()),
+        "is_bound": result.is_bound or not is_exact,
+    }
 
 
 def paired_difference(a: Likelihood, b: Likelihood) -> dict:
@@ -100,10 +163,9 @@ class Evaluation:
         entries = {"models": self.figures(self.results)}
         if self.segments == "window":
             scale = self.T / float(self.rows[0].characters.double().mean())
-            windows = {name: scale * result.token_nats[: self.N, : self.T] for name, result in self.results.items()}
-            entries["positions"] = {name: nats.mean(0).tolist() for name, nats in windows.items()}
-            bounds = {name: result for name, result in self.results.items() if result.curve is not None}
-            entries["masking_curve"] = {name: (scale * result.curve[1:]).tolist() for name, result in bounds.items()}
+            found = self.results.items()
+            entries["positions"] = {x: (scale * r.token_nats[: self.N, : self.T]).mean(0).tolist() for x, r in found}
+            entries["masking_curve"] = {x: (scale * r.curve[1:]).tolist() for x, r in found if r.curve is not None}
         return entries
 
     def samplers(self) -> dict:
@@ -167,7 +229,9 @@ class Evaluation:
         """The contents of metrics.json. Each stage ends with a line that has its time."""
         known, runs = next(iter(self.checkpoints.values())).corpus, self.checkpoints.items()
         metrics = {
-            **{"corpus": known | {"characters": self.corpus.characters}, "window": self.T, "quick": self.quick},
+            "corpus": known | {"characters": self.corpus.characters},
+            "window": self.T,
+            "quick": self.quick,
             "training": {name: {"checkpoint": str(c.path)} | c.training.get("config", {}) for name, c in runs},
             "history": {name: c.history for name, c in runs},
         }

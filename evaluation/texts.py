@@ -10,7 +10,7 @@ from checkpoint import Checkpoint
 from data import corpus_from_text
 from evaluation.metrics import WORD
 from evaluation.plots import NAMES
-from evaluation.samplers import sampler_likelihood, samplers_of
+from evaluation.suite import sampler_likelihood, samplers_of
 from likelihood import Likelihood
 from trainer import objective_of, scoring_batch_size
 from utils.console import printable

@@ -22,19 +22,18 @@ import torch
 from torch import Tensor
 
 from autoregressive import exact_nll
-from checkpoint import Checkpoint, new_model, newest_checkpoint, pretrained_checkpoints
+from checkpoint import Checkpoint, new_model, pretrained_checkpoints
 from config import DecodingConfig, ModelConfig, SamplingConfig
 from data import load_same_corpus
 from evaluation.report import interval, table
-from evaluation.samplers import sampler_likelihood, samplers_of, write_texts
-from evaluation.suite import paired_difference, select_checkpoints
+from evaluation.suite import paired_difference, sampler_likelihood, samplers_of, select_checkpoints, write_texts
 from generation.write import write
 from model import GPT, MODELS, Transformer
 from tokenizer import END_ID, MASK_ID, START_ID
 from utils.console import Parser, number, run_program, say
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-CONTEXT, VOCABULARY, STREAMS = 256, 69, (4, 8, 16)  # the vocabulary is that of TinyShakespeare
+CONTEXT, VOCABULARY = 256, 69  # the vocabulary is that of TinyShakespeare
 NETWORKS = ((4, 4, 128), (6, 6, 384))  # layers, heads, width
 HOLES, CANDIDATES = (1, 4, 16), 16
 Row = tuple[str, ...]  # one line of a table; the first row that a benchmark yields is the heading
@@ -69,16 +68,16 @@ def percent(share: float, count: int) -> str:
     return f"{100 * share:.1f} ({low:.1f}..{high:.1f})"
 
 
-def held_out(paths: list[Path], args: argparse.Namespace, count: int) -> tuple[Checkpoint, Checkpoint, Tensor]:
-    """A LLaDA, a GPT, and `count` windows (N, T) of text that neither was trained on; quick: a fifth of them."""
-    checkpoints = select_checkpoints(paths, "cpu")
+def held_out(args: argparse.Namespace, count: int) -> tuple[Checkpoint, Checkpoint, Tensor]:
+    """A LLaDA, a GPT, and `count` windows (N, T) of text that neither was trained on; quick: a tenth of them."""
+    checkpoints = select_checkpoints(args.checkpoints or pretrained_checkpoints(), "cpu")
     if len(checkpoints) < len(MODELS):
         raise ValueError("two models are compared: name the checkpoints of a LLaDA and a GPT")
     llada, gpt = checkpoints.values()
     gpt.model.never[END_ID] = True  # as LLaDA here
     T = min(CONTEXT, llada.model.config.block_size, gpt.model.config.block_size)
     corpus = load_same_corpus(llada.corpus, "window", llada.tokenizer, args.data)
-    part, count = corpus.split(llada.corpus["val_fraction"])[1], args.windows or (count // 5 if args.quick else count)
+    part, count = corpus.split(llada.corpus["val_fraction"])[1], count // 10 if args.quick else count
     return llada, gpt, corpus.validation_rows(part, T, max_tokens=T * count)[0].tokens
 
 
@@ -99,7 +98,7 @@ def budget(args: argparse.Namespace) -> Iterator[Row]:
     bound."""
     yield "seconds", "model", "nats/char", "kind", "all seeds", "tokens/s"
     for seconds in args.seconds or (40.0, 165.0, 900.0)[: 1 if args.quick else None]:
-        for model in args.model or MODELS:
+        for model in MODELS:
             flags = [f"--model={model}", "--val-fraction=0.1", f"--minutes={seconds * 100 / gigaflops() / 60:.4f}"]
             flags += ["--sweep-share=0"] * (model == "llada") + (["--data", *args.data] if args.data else [])
             runs = [run_train(*flags, f"--seed={seed}") for seed in range(1 if args.quick or seconds > 300 else 3)]
@@ -109,11 +108,10 @@ def budget(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def sampling(args: argparse.Namespace) -> Iterator[Row]:
-    """Samplers at temperature 1 of the newest LLaDA and GPT under OUT. nats/char of held-out windows with 95 %
-    intervals, differences paired over the same windows. Exact: the likelihood of the sampler that is timed; random
-    order has an upper bound only. NFE: network evaluations for a text. Speed: the time of the first row over that of
-    this one, measured in turns."""
-    *checkpoints, windows = held_out([newest_checkpoint(args.out, name) for name in MODELS], args, 64)
+    """Samplers at temperature 1 of a LLaDA and a GPT. nats/char of held-out windows with 95 % intervals, differences
+    paired over the same windows. Exact: the likelihood of the sampler that is timed; random order has an upper bound
+    only. NFE: network evaluations for a text. Speed: the time of the first row over that of this one, in turns."""
+    *checkpoints, windows = held_out(args, 64)
     times = "ms, batch 1", "speed, batch 1", "ms, batch 16", "speed, batch 16"
     yield "sampler", "NFE", "nats/char", "interval", "kind", "minus the first row", "interval", *times
     T, first, reference = windows.shape[1], None, None
@@ -141,27 +139,21 @@ def filled(model: Transformer, windows: Tensor, hole: slice, **settings) -> Tens
 
 
 def decoding(args: argparse.Namespace) -> Iterator[Row]:
-    """GPT with random weights writes to the end of a window of 256: recomputed, cached, compiled, in streams. A / B:
+    """GPT with random weights writes the last 200 characters of a window of 256: recomputed, cached, compiled. A / B:
     median times, and in brackets the smallest and the largest ratio of one turn."""
-    yield "network", "characters", "A", "B", "time A / B", "characters/s of B"
-    text, end, whole = torch.randint(END_ID + 1, VOCABULARY, (1, CONTEXT)), slice(56, CONTEXT), slice(CONTEXT)
+    yield "network", "A", "B", "time A / B", "characters/s of B"
+    text, end = torch.randint(END_ID + 1, VOCABULARY, (1, CONTEXT)), slice(56, CONTEXT)
     for n_layer, n_head, n_embd in NETWORKS:
-        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        configs = [ModelConfig(VOCABULARY, CONTEXT, parallel=P, **sizes) for P in (1, 1, *STREAMS)]
-        model, compiled, *others = gpts = [new_model("gpt", config).eval() for config in configs]
-        for gpt in gpts:
+        config = ModelConfig(VOCABULARY, CONTEXT, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        model, compiled = (new_model("gpt", config).eval() for _ in range(2))
+        for gpt in (model, compiled):
             gpt.never[END_ID] = True
         torch.compiler.reset()  # what was compiled for another network would be made general, and slower
         compiled.compile()
-        recomputed, cached = (partial(filled, model, text, end, use_cache=use_cache) for use_cache in (False, True))
-        pairs = [(end, "recomputed", recomputed, "cached", cached)]
-        pairs += [(end, "recomputed", recomputed, "cached, compiled", partial(filled, compiled, text, end))]
-        for P, streams in zip(STREAMS, others, strict=True):
-            a, b = (partial(filled, gpt, text, whole) for gpt in (model, streams))
-            pairs.append((whole, "cached", a, f"{P} streams", b))
-        for hole, label_a, a, label_b, b in pairs:
-            (seconds, ratio), length = in_turns(a, b, 3 if args.quick else 9), hole.stop - (hole.start or 0)
-            yield f"{n_layer} layers x {n_embd}", str(length), label_a, label_b, ratio, f"{length / seconds:.0f}"
+        recomputed = partial(filled, model, text, end, use_cache=False)
+        for label, gpt in (("cached", model), ("cached, compiled", compiled)):
+            seconds, ratio = in_turns(recomputed, partial(filled, gpt, text, end), 3 if args.quick else 9)
+            yield f"{n_layer} layers x {n_embd}", "recomputed", label, ratio, f"{(CONTEXT - end.start) / seconds:.0f}"
 
 
 def best_of_drawn(gpt: GPT, windows: Tensor, hole: slice) -> Tensor:
@@ -180,7 +172,7 @@ def gaps(args: argparse.Namespace) -> Iterator[Row]:
     sees nothing that follows. GPT, best of 16: drawn at temperature 0.8, kept is the one for which the exact likelihood
     of it and the right side is largest. In %, with 95 % intervals over windows (Wilson; of characters, conservative).
     Time of a hole: in batches of 16 texts, not in turns."""
-    llada, gpt, windows = held_out(args.checkpoints or pretrained_checkpoints(), args, 200)
+    llada, gpt, windows = held_out(args, 200)
     (N, T), decode = windows.shape, llada.tokenizer.decode
     writers = {
         "LLaDA": partial(filled, llada.model, temperature=0.0, order="left", correct=0),
@@ -216,12 +208,7 @@ def parse_args() -> argparse.Namespace:
             add("--data", nargs="+", metavar="NAME|FILE", help="as for train.py")
         if name == "budget":
             add("--seconds", type=number(float, low=1, high=10**6), nargs="+", help="default: 40 165 900, quick: 40")
-            add("--model", choices=MODELS, nargs="+", help="default: both")
         if name in ("sampling", "gaps"):
-            add("--windows", type=number(int, low=1), help="held-out windows (default: 64, of gaps 200)")
-        if name == "sampling":
-            add("--out", type=Path, help="folder of the trained models (default: out, else the pretrained ones)")
-        if name == "gaps":
             add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="default: the pretrained LLaDA and GPT")
     return parser.parse_args()
 

@@ -17,6 +17,8 @@ import torch
 
 from checkpoint import Checkpoint
 from data import LOADERS, Corpus, MakeTokenizer, RowDataset, lasting_path, training_length
+from evaluation.report import fixed, interval, kind, table
+from evaluation.suite import figures
 from generation.text import GeneratorTransformer
 from tokenizer import END_ID, START_ID, SimpleTokenizer
 from trainer import objective_of, scoring_batch_size
@@ -116,7 +118,7 @@ def text_metrics(texts: list[str], references: list[str]) -> dict[str, float | N
 
 
 def score_pairs(checkpoints: dict[str, Checkpoint], path: str, quick: bool = False, seed: int = 0) -> dict[str, dict]:
-    """For each model of pairs: metrics of its likeliest answers, nats/char of the completions, evaluations a batch.
+    """For each model of pairs: metrics of its likeliest answers, their texts, the loss of the completions.
 
     Raises ArgumentError for another model, and ValueError for a file without text to score.
     """
@@ -133,34 +135,24 @@ def score_pairs(checkpoints: dict[str, Checkpoint], path: str, quick: bool = Fal
             say(f"warning: {name} was trained on pairs of {path}: they are not all held out")
         size, writer, texts = scoring_batch_size(model), GeneratorTransformer(model, tokenizer), []
         settings = writer.settings(temperature=0.0, **({} if model.causal else GREEDY))
-        evaluations = []
-        with model.register_forward_hook(lambda *_: evaluations.append(1)):  # noqa: B023
-            starts = range(0, len(corpus.pairs), size)
-            for start in track(starts, f"{name} writes"):
-                prompts = [pair.prompt for pair in corpus.pairs[start : start + size]]
-                pieces = writer.stream(prompts, settings, max_out_tokens=model.config.block_size, seed=seed)
-                texts += map("".join, zip(*pieces, strict=True))
-        result = objective_of(model).likelihood(
-            model, [rows.to(model.device)], pairs=2 if quick else 8, batch_size=size, seed=seed
-        )
-        results[name] = text_metrics(texts, [pair.completion for pair in corpus.pairs]) | {
-            **{"pairs": len(texts), "nats_per_char": result.nats_per_char, "ci95": list(result.ci95)},
-            **{"is_bound": result.is_bound or not tokenizer.is_exact, "nfe": len(evaluations) / len(starts)},
-            "texts": texts,
-        }
+        for start in track(range(0, len(corpus.pairs), size), f"{name} writes"):
+            prompts = [pair.prompt for pair in corpus.pairs[start : start + size]]
+            pieces = writer.stream(prompts, settings, max_out_tokens=model.config.block_size, seed=seed)
+            texts += map("".join, zip(*pieces, strict=True))
+        scoring = {"pairs": 2 if quick else 8, "batch_size": size, "seed": seed}
+        result = objective_of(model).likelihood(model, [rows.to(model.device)], **scoring)
+        metrics = text_metrics(texts, [pair.completion for pair in corpus.pairs])
+        results[name] = metrics | figures(result, tokenizer.is_exact) | {"texts": texts}
     return results
 
 
 def print_scores(results: dict[str, dict]) -> None:
-    """One line a model on standard output; on standard error what the columns miss."""
-    titles = "".join(f"{title:>9}" for title in METRICS.values())
-    print(f"model   pairs {titles}  nats/char     95 % interval  kind")
+    """A table on standard output; on standard error what its columns miss."""
+    rows = []
     for name, m in results.items():
-        cells = "".join(f"{'-' if m[metric] is None else format(m[metric], '.1f'):>9}" for metric in METRICS)
-        low, high = m["ci95"]
-        kind = "upper bound" if m["is_bound"] else "exact"
-        interval = f"{max(0.0, low):.4f}..{high:.4f}" if len(m["texts"]) > 1 else "-"
-        print(f"{name:6} {m['pairs']:>6} {cells} {m['nats_per_char']:10.4f} {interval:>17}  {kind}")
+        cells = fixed(m["nats_per_char"], 4), interval(m["ci95"]), kind(m)
+        rows.append([name, str(len(m["texts"])), *(fixed(m[metric], 1) for metric in METRICS), *cells])
+    print(table(["model", "pairs", *METRICS.values(), "nats/char", "95 % interval", "kind"], rows))
     say("metrics in %, of the likeliest answers; BLEU and ROUGE-L count words: BLEU is 0 where no four agree in a row")
     if missing := [wanted for module, wanted in LIBRARIES.items() if not importlib.util.find_spec(module)]:
         say(f"for the columns with -: pip install {' '.join(missing)}")

@@ -1,4 +1,4 @@
-"""The history of one text that a model writes, and what its readers share. Plain Python: no tensors, no network.
+"""The history of one text that a model writes, and what its readers share.
 
 `Recorder` makes a history from the states (write.py) of any model. `Replay` goes through it and turns each step into
 lines of runs, which terminal, race and GIF draw. The page has its own player.
@@ -10,7 +10,6 @@ from enum import StrEnum
 from itertools import groupby
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from generation.write import State
@@ -52,31 +51,22 @@ class Status(StrEnum):
 
 
 class Run(NamedTuple):
-    """Characters that look alike."""
+    """Characters that look alike: one position of a replay, or a part of a line."""
 
     text: str
     status: Status
-    shade: int  # 0..3: the quarter in which the network's probability of them was
+    shade: int = 0  # 0..3: the quarter in which the network's probability of them was
 
 
-@dataclass
-class Cell:
-    """One position of a replay."""
-
-    token: str | None = None  # None: masked
-    status: Status = Status.MASKED
-    shade: int = 0
-
-    @property
-    def text(self) -> str:
-        """What stands for the token: nothing for a special one, symbols for control characters."""
-        if self.token is None:
-            return MASK
-        return "" if self.token in SPECIAL_TOKENS else printable(self.token).replace("\t", " ")
+def visible(token: str | None) -> str:
+    """What stands for a token: nothing for a special one, symbols for masks and control characters."""
+    if token is None:
+        return MASK
+    return "" if token in SPECIAL_TOKENS else printable(token).replace("\t", " ")
 
 
 class Replay:
-    """A history from before its first step on: `cells` are the text after `step` steps.
+    """A history from before its first step on: `cells`, one for each position, are the text after `step` steps.
 
     whole: it is complete. Then characters stand where those of the finished text do, which itself marks nothing as new.
 
@@ -86,54 +76,62 @@ class Replay:
     """
 
     def __init__(self, history: History, whole: bool = False):
-        self.history, self.step = history, 0
-        self.cells = [Cell(token, Status.MASKED if token is None else Status.GIVEN) for token in history.start]
+        self.history, self.step, self.frame = history, 0, Frame(0, 0.0, {}, {})  # the latest one
+        self.cells = [Run(visible(t), Status.MASKED if t is None else Status.GIVEN) for t in history.start]
         self.ends = [cell.text for cell in Replay(history).advance().cells] if whole else []
 
     def advance(self, step: int | None = None) -> "Replay":
         """Go on to a later step, by default to the last one."""
         for frame in self.history.frames[self.step : step]:
             self.settle()
-            self.step += 1
+            self.step, self.frame = self.step + 1, frame
             missing = max([*frame.written, *frame.beliefs], default=-1) + 1 - len(self.cells)
-            self.cells += [Cell() for _ in range(missing)]
+            self.cells += [Run(MASK, Status.MASKED)] * missing
             for i, (token, p) in frame.written.items():
-                status = Status.WRITTEN if self.cells[i].token is None else Status.CORRECTED
-                self.cells[i] = Cell(token, status, min(SHADES - 1, int(SHADES * p)))
-        if self.ends and self.is_over:
+                status = Status.WRITTEN if self.cells[i].status is Status.MASKED else Status.CORRECTED
+                self.cells[i] = Run(visible(token), status, min(SHADES - 1, int(SHADES * p)))
+        if self.ends and self.step == len(self.history.frames):
             self.settle()
         return self
 
     def settle(self) -> None:
         """What the latest step wrote is no longer new."""
         for i in self.frame.written:
-            self.cells[i].status = Status.SETTLED
-
-    @property
-    def frame(self) -> Frame:
-        """The latest step."""
-        return self.history.frames[self.step - 1] if self.step else Frame(0, 0.0, {}, {})
-
-    @property
-    def is_over(self) -> bool:
-        return self.step == len(self.history.frames)
+            self.cells[i] = self.cells[i]._replace(status=Status.SETTLED)
 
     def lines(self, columns: int) -> list[list[Run]]:
         """The text as lines that break between words. A line feed is seen at the step at which it is written."""
-        texts = self.ends or [cell.text for cell in self.cells]
-        places = layout("".join(texts), columns)
-        lines = [[] for _ in range(places[-1][0] + 1 if places else 1)]
-        characters = [(i, k) for i, text in enumerate(texts) for k in range(len(text))]
-        for (i, k), (row, column) in zip(characters, places, strict=True):
-            if i < len(self.cells) and column < columns:
-                cell = self.cells[i]
-                char = MASK if cell.token is None else cell.text[k : k + 1] or " "
-                if char == "\n" and cell.status in (Status.WRITTEN, Status.CORRECTED):
-                    char = NEWLINE
-                if (char, texts[i][k]) != ("\n", "\n"):
-                    lines[row].append(Run(char.replace("\n", " "), cell.status, cell.shade))
-        looks = [groupby(line, lambda run: run[1:]) for line in lines]
-        return [[Run("".join(run.text for run in group), *look) for look, group in line] for line in looks]
+        ends, characters, lines = self.ends or [cell.text for cell in self.cells], [], []
+        for cell, end in zip(self.cells, ends, strict=False):  # one behind the cells is not there yet
+            text = MASK * len(end) if cell.status is Status.MASKED else cell.text.ljust(len(end))[: len(end)]
+            text = text.replace("\n", NEWLINE) if cell.status in (Status.WRITTEN, Status.CORRECTED) else text
+            characters += [cell._replace(text=char) for char in text]
+        left = iter(characters)
+        for row in layout("".join(ends), columns):
+            line = [run for end, run in zip(row, left, strict=False) if (end, run.text) != ("\n", "\n")][:columns]
+            looks = groupby(line, lambda run: run[1:])
+            lines.append([Run("".join(run.text for run in group).replace("\n", " "), *look) for look, group in looks])
+        return lines
+
+
+def layout(text: str, columns: int) -> list[str]:
+    """The rows of a text: they end at line feeds, and between words where they would be too long.
+
+    A space that does not fit hangs over the end of its row.
+
+    >>> layout("to be", 4), layout("ab\\nc", 9)
+    (['to ', 'be'], ['ab\\n', 'c'])
+    """
+    from rich.cells import cell_len  # some characters are two columns wide
+
+    rows = [""]
+    for word in re.findall(r"[^ \n]+|[ \n]", text):
+        for part in [word] if cell_len(word) <= columns else word:  # longer words break anywhere
+            is_full = rows[-1] and part not in " \n" and cell_len(rows[-1] + part) > columns
+            if is_full or rows[-1].endswith("\n"):
+                rows.append("")
+            rows[-1] += part
+    return rows
 
 
 class Recorder:
@@ -144,50 +142,29 @@ class Recorder:
     """
 
     def __init__(self, start: Tensor, tokenizer: Tokenizer, label: str, first: int = 0):
-        self.before, self.token_of, self.first = start.tolist(), tokenizer.id_to_char, first
+        self.before, self.token_of, self.first = start[first:].tolist(), tokenizer.id_to_char, first
         self.history = History(label, [])
 
     def add(self, state: State, seconds: float) -> None:
         """A frame for the state, unless it is about other texts of the batch."""
-        looked, text, first = state.masked[0].tolist(), state.texts[0].tolist(), self.first
+        looked, text = (state.masked[0] - self.first).tolist(), state.texts[0][self.first :].tolist()
         if not self.history.frames:
-            given = max((i for i, token in enumerate(self.before) if token != MASK_ID), default=-1) + 1
-            end = given if len(looked) == 1 < self.before.count(MASK_ID) else max([given, *(i + 1 for i in looked)])
-            self.history.start = [None if i == MASK_ID else self.token_of[i] for i in self.before[first:end]]
+            given = [i for i, token in enumerate(self.before) if token != MASK_ID]
+            from_left = len(looked) == 1 < self.before.count(MASK_ID)
+            end = max([-1, *given, *(looked if not from_left else ())]) + 1
+            self.history.start = [None if i == MASK_ID else self.token_of[i] for i in self.before[:end]]
         if not looked:
             return
-        p = dict(zip(looked, state.probabilities[0], strict=True))  # position -> (V,)
-        best = {i: torch.topk(q, min(NUM_BELIEFS, len(q))) for i, q in p.items()}
+        probabilities = dict(zip(looked, state.probabilities[0], strict=True))  # position -> (V,)
+        values, ids = state.probabilities[0].topk(NUM_BELIEFS)  # (m, NUM_BELIEFS)
         beliefs = {
-            i - first: tuple((self.token_of[j], q) for j, q in zip(ids.tolist(), values.tolist(), strict=True) if q > 0)
-            for i, (values, ids) in best.items()
+            position: tuple((self.token_of[j], p) for j, p in zip(*likeliest, strict=True) if p > 0)
+            for position, *likeliest in zip(looked, ids.tolist(), values.tolist(), strict=True)
         }
         written = {  # what is cut behind an [END] follows from it
-            i - first: (self.token_of[new], float(p[i][new]) if i in p else 1.0)
+            i: (self.token_of[new], float(probabilities[i][new]) if i in probabilities else 1.0)
             for i, (old, new) in enumerate(zip(self.before, text, strict=True))
             if old != new
         }
         self.history.frames.append(Frame(state.nfe, seconds, written, beliefs))
         self.before = text
-
-
-def layout(text: str, columns: int) -> list[tuple[int, int]]:
-    """(row, column) of each character: lines end at line feeds, and between words where they would be too long.
-
-    A space that does not fit hangs over the end of its line.
-
-    >>> layout("to be", 4), layout("ab\\nc", 9)
-    ([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)], [(0, 0), (0, 1), (0, 2), (1, 0)])
-    """
-    from rich.cells import cell_len  # some characters are two columns wide
-
-    places, row, column = [], 0, 0
-    for word in re.findall(r"[^ \n]+|[ \n]", text):
-        if word not in " \n" and column and column + cell_len(word) > columns:
-            row, column = row + 1, 0
-        for char in word:
-            if char not in " \n" and column and column + cell_len(char) > columns:  # a word longer than a line
-                row, column = row + 1, 0
-            places.append((row, column))
-            row, column = (row + 1, 0) if char == "\n" else (row, column + cell_len(char))
-    return places

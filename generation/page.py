@@ -1,18 +1,8 @@
 """One self-contained HTML page: models that run in it, or recorded histories that it plays. No network, no library.
 
 page.html is the page, page.js its script: network, sampler and viewer. The Content-Security-Policy admits this one
-script, by its hash. The data are JSON: {"title", "settings", "histories": [...], "models": [...]}, one list empty.
-
-history: {"label", "tokens": [text, ...], "start": [token, ...], "frames": [[nfe, seconds, written, beliefs], ...]}. A
-    token is an index into "tokens", -1 a mask. A frame is one network evaluation, its numbers are those so far.
-    written: [[position, token, probability], ...], by the sampler or anew by a correction; a position just past the
-        end makes the text longer (GPT).
-    beliefs: {position: [token, p, token, p, ...]}, likeliest first: what the network believed at this step, before
-        anything was written, of every position that was masked then.
-model: {"name", "causal", "config", "ngrams", "characters", "tensors"}: "characters" are the texts of all ids, "ngrams"
-    the offsets of each kind, "tensors" {name: {"shape": (n, k), "offset", "scales"}}: at the offset n k numbers of 8
-    bits, then so many float32 scales (`quantized`). The weights, gzip in base64, follow in elements of their own.
-    On the pretrained models, 8 bits change the loss by 0.001 nats and the distributions by a KL of 0.0001.
+script, by its hash. The data are JSON: {"title", "settings", "histories": [...], "models": [...]}, one list empty;
+page.js begins with what a history and a model are.
 """
 
 import base64
@@ -73,7 +63,7 @@ def json_in_html(data) -> str:
 
 
 def packed(history: History) -> dict:
-    """A history as compact plain values, see above."""
+    """A history as compact plain values, see page.js."""
     ids: dict[str | None, int] = {None: -1}
 
     def pairs(*candidates) -> list:  # (text, p), ... -> index, p, index, p, ...
@@ -88,7 +78,7 @@ def packed(history: History) -> dict:
 
 
 def packed_model(model, tokenizer) -> tuple[dict, bytes]:
-    """A model's description, see above, and its weights. Raises ArgumentError."""
+    """A model's description, see page.js, and its weights. Raises ArgumentError."""
     config, characters = model.config, [tokenizer.id_to_char[i] for i in range(model.config.vocab_size)]
     for wrong, problem in (
         (config.arch != "rotary", f"cannot run the network {config.arch}: train one of --arch rotary"),

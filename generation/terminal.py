@@ -9,16 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
-from itertools import zip_longest
 
 from generation.history import NEWLINE, History, Replay, Run, Status
 from utils.console import counted, say
 
-PAUSE, PAUSES = 0.12, 50  # seconds that a step is shown; how many of them all steps are delayed by, at most
+PAUSE, PAUSES = 0.12, 50  # seconds that the first step is shown; how many of them delay all steps, at most
 FRAME_SECONDS, DRAWING_SHARE = 1 / 50, 0.2  # between two drawings, at least; share of the time, at most
 REPLAY_SECONDS = 8.0  # of a race
-DIVIDER = " │ "
+DIVIDER = 3  # columns between two texts
 STYLES = {
     Status.GIVEN: "bold color(33)",
     Status.MASKED: "dim",
@@ -46,26 +44,44 @@ def style_of(run: Run) -> str:
     return f"{STYLES[run.status]} {COLORS[run.shade] if colored else ''}".strip()
 
 
-def drawn(replay: Replay, columns: int) -> list:
-    """The lines of a text as rich Text."""
+def drawn(replay: Replay, columns: int, height: int = 0):
+    """A text as rich Text. height: how many lines fit, the last ones (0: all)."""
     from rich.text import Text
 
-    return [Text.assemble(*((run.text, style_of(run)) for run in line)) for line in replay.lines(columns)]
+    lines = (Text.assemble(*((run.text, style_of(run)) for run in line)) for line in replay.lines(columns)[-height:])
+    return Text("\n").join(lines)
 
 
-def side_by_side(replays: Sequence[Replay], width: int, height: int = 0, now: float = math.inf) -> list:
-    """The texts, each below its model, clock and cost. height: how many lines fit, the last ones of each text."""
-    from rich.text import Text
+def side_by_side(replays: Sequence[Replay], width: int, height: int = 0, now: float = math.inf):
+    """The texts as a rich Table, each below its model, clock and cost. height: how many of its lines fit (0: all)."""
+    from rich.box import MINIMAL
+    from rich.table import Table
 
-    columns, panes = (width - len(DIVIDER) * (len(replays) - 1)) // len(replays), []
+    columns = (width - DIVIDER * (len(replays) - 1)) // len(replays)
+    table, titles = Table(box=MINIMAL, show_edge=False, show_header=False, pad_edge=False), []
     for replay in replays:
         seconds = min(now, replay.history.frames[-1].seconds) if replay.history.frames else 0.0
-        title = f"{replay.history.label} {seconds:.2f} s, {counted(replay.frame.nfe, 'evaluation')}"
-        panes.append([Text(title, "bold"), *drawn(replay, columns)[-max(0, height - 1) :]])
-    rows = [[line.copy() for line in row] for row in zip_longest(*panes, fillvalue=Text())]
-    for line in (line for row in rows for line in row):
-        line.align("left", columns)
-    return [Text.assemble((DIVIDER, "dim"), no_wrap=True).join(row) for row in rows]
+        titles.append(f"{replay.history.label} {seconds:.2f} s, {counted(replay.frame.nfe, 'evaluation')}")
+        table.add_column(width=columns, no_wrap=True)
+    table.add_row(*titles, style="bold")
+    table.add_row(*(drawn(replay, columns, max(0, height - 1)) for replay in replays))
+    return table
+
+
+def screen():
+    """What changes in place on standard error until it is stopped: a rich Live."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    as_it_is = {"redirect_stdout": False, "redirect_stderr": False}  # else the text for a pipe would come out here
+    return Live(console=console, auto_refresh=False, transient=True, **as_it_is)
+
+
+def draw(live, replays: Sequence[Replay], now: float = math.inf) -> None:
+    """Show texts side by side, as much of them as fits."""
+    size = live.console.width, max(2, live.console.height - 1)
+    live.update(side_by_side(replays, *size, now), refresh=True)
 
 
 def plain_line(replay: Replay, length: int = 400) -> str:
@@ -74,74 +90,45 @@ def plain_line(replay: Replay, length: int = 400) -> str:
     return f"{replay.frame.nfe:4} {'…' * (len(text) > length)}{text[-length:]}"
 
 
-class Screen:
-    """Lines that change in place on standard error until it is closed."""
-
-    def __init__(self):
-        from rich.console import Console
-        from rich.live import Live
-
-        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        as_it_is = {"redirect_stdout": False, "redirect_stderr": False}  # else the text for a pipe would come out here
-        self.live = Live(console=self.console, auto_refresh=False, transient=True, **as_it_is)
-        self.drawn = self.cost = 0.0
-        self.live.start()
-
-    def draw(self, replays: Sequence[Replay], now: float = math.inf) -> None:
-        """Show texts side by side, if the last drawing is old enough."""
-        from rich.console import Group
-
-        start = time.monotonic()
-        if start - self.drawn >= max(FRAME_SECONDS, self.cost / DRAWING_SHARE):
-            size = self.console.width, max(2, self.console.height - 1)
-            self.live.update(Group(*side_by_side(replays, *size, now)), refresh=True)
-            self.drawn = time.monotonic()
-            self.cost = self.drawn - start
-
-    def leave(self, lines: Sequence) -> None:
-        """Print lines that stay."""
-        self.close()
-        for line in lines:
-            line.rstrip()
-            self.console.print(line, soft_wrap=True)
-
-    def close(self) -> None:
-        self.live.stop()
-
-
 # ------------------------------------------------------------------------------------------------- the two views
 class View:
     """A text while it is written, until it is closed; `show` after every step.
 
-    pause: seconds that a step is shown, at least. All steps together are delayed by PAUSES pauses at most, so that the
-    steps of a long text become ever faster. Whether to print the finished text: see `text_stands`.
+    pause: seconds that the first step is shown, at least; each one is shown a little shorter than the one before, so
+    that all of them are delayed by PAUSES pauses at most. Whether to print the finished text: see `text_stands`.
     """
 
     def __init__(self, pause: float = PAUSE):
-        self.pause, self.left, self.due, self.replay = pause, PAUSES * pause, 0.0, None
-        self.screen = Screen() if is_screen() else None
+        self.pause, self.due, self.drawing_due, self.replay = pause, 0.0, 0.0, None
+        self.live = screen() if is_screen() else None
+        if self.live:
+            self.live.start()
 
     def show(self, history: History) -> None:
-        """Show the latest state."""
+        """Show the latest state, unless a drawing has just been made."""
         self.replay = (self.replay or Replay(history)).advance()
-        if self.screen is None:
+        if self.live is None:
             say(plain_line(self.replay))
             return
         time.sleep(max(0.0, self.due - time.monotonic()))
-        self.screen.draw([self.replay])
-        pause = min(self.pause, 2 * self.left / PAUSES)
-        self.left, self.due = self.left - pause, time.monotonic() + pause
+        start = time.monotonic()
+        if start >= self.drawing_due:
+            draw(self.live, [self.replay])
+            self.drawing_due = start + max(FRAME_SECONDS, (time.monotonic() - start) / DRAWING_SHARE)
+        self.due = time.monotonic() + self.pause
+        self.pause *= 1 - 1 / PAUSES
 
     def finish(self) -> None:
         """The text is complete and stays."""
-        if self.screen and self.replay:
+        if self.live and self.replay:
             time.sleep(max(0.0, self.due - time.monotonic()))
+            self.live.stop()
             finished = Replay(self.replay.history, whole=True).advance()
-            self.screen.leave(drawn(finished, self.screen.console.width))
+            self.live.console.print(drawn(finished, self.live.console.width), soft_wrap=True)
 
     def close(self) -> None:
-        if self.screen:
-            self.screen.close()
+        if self.live:
+            self.live.stop()
 
 
 def race(histories: Sequence[History]) -> None:
@@ -151,12 +138,12 @@ def race(histories: Sequence[History]) -> None:
     replays, now = [Replay(history, whole=True) for history in histories], 0.0
     end = max(history.frames[-1].seconds for history in histories if history.frames)
     say(f"{end:.2f} s are shown in {REPLAY_SECONDS:g} s")
-    with closing(Screen()) as screen:
+    with screen() as live:
         start = time.monotonic()
         while now < end:
             now = min(end, (time.monotonic() - start) * end / REPLAY_SECONDS)
             for replay in replays:
                 replay.advance(sum(frame.seconds <= now for frame in replay.history.frames))
-            screen.draw(replays, now)
+            draw(live, replays, now)
             time.sleep(FRAME_SECONDS)
-        screen.leave(side_by_side(replays, screen.console.width))
+    live.console.print(side_by_side(replays, live.console.width), soft_wrap=True)

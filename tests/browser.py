@@ -1,6 +1,5 @@
 """A headless Chromium for tests, driven over its DevTools protocol with the standard library alone."""
 
-import base64
 import fcntl
 import json
 import os
@@ -125,19 +124,6 @@ class Browser:
         if click:
             for kind in ("mousePressed", "mouseReleased"):
                 self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **where)
-
-    def tap(self, selector: str) -> None:
-        """Touch an element."""
-        self.send("Emulation.setTouchEmulationEnabled", enabled=True)
-        x, y = self.run(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
-                        f"(document.querySelector('{selector}').getBoundingClientRect())")  # fmt: skip
-        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
-        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-        self.send("Emulation.setTouchEmulationEnabled", enabled=False)
-
-    def screenshot(self, path: Path) -> None:
-        """The window as a PNG."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
 
 def high_pipe() -> tuple[int, int]:

@@ -19,8 +19,15 @@ from data import load_corpus
 from evaluation import suite
 from evaluation.plots import PICTURES, group_of
 from evaluation.report import print_report, report_text, table
-from evaluation.samplers import sampler_likelihood, samplers_of
-from evaluation.suite import Evaluation, embedding_map, figures, paired_difference, select_checkpoints
+from evaluation.suite import (
+    Evaluation,
+    embedding_map,
+    figures,
+    paired_difference,
+    sampler_likelihood,
+    samplers_of,
+    select_checkpoints,
+)
 from evaluation.texts import score_text
 from likelihood import Likelihood, half_width95, likelihood_bound, student_t
 from model import MODELS
@@ -218,26 +225,19 @@ def test_one_model_alone_and_few_windows(runs, capsys):
         print_report(found)
         assert list(found["models"]) == [name]
         assert {row["model"] for row in found["samplers"]} == {name}
-
-
-def test_a_table_is_aligned_and_a_bar_in_a_cell_is_no_markup():
     assert table(["a", "b"], [["x|y", "1"]]).splitlines() == ["| a    |   b |", "| ---  | --: |", "| x\\|y |   1 |"]
 
 
 # ------------------------------------------------------------------------------------------------- texts
-@pytest.mark.parametrize("name", MODELS)
-def test_the_loss_of_a_text_is_the_sum_over_its_characters(runs, name):
-    checkpoint = load_checkpoint(runs / "out" / name / "best.pt")
-    text = LINES[0]
-    written, bound, nats = score_text(checkpoint, text)
-    assert sum(nats) / len(text) == pytest.approx(written.nats_per_char)
-    assert len(nats) == len(text) == int(written.characters.sum())
-    assert bound.is_bound == (name == "llada")
-    if name == "gpt":
-        assert bound.nats_per_char == pytest.approx(written.nats_per_char, rel=1e-5)
-
-
-def test_a_text_is_printed_with_its_most_surprising_words(runs, monkeypatch, capsys):
+def test_a_text_is_scored_and_printed_with_its_most_surprising_words(runs, monkeypatch, capsys):
+    for name in MODELS:
+        checkpoint = load_checkpoint(runs / "out" / name / "best.pt")
+        written, bound, nats = score_text(checkpoint, LINES[0])
+        assert sum(nats) / len(LINES[0]) == pytest.approx(written.nats_per_char)
+        assert len(nats) == len(LINES[0]) == int(written.characters.sum())
+        assert bound.is_bound == (name == "llada")
+        if name == "gpt":
+            assert bound.nats_per_char == pytest.approx(written.nats_per_char, rel=1e-5)
     (runs / "some.txt").write_bytes(b"\xef\xbb\xbfto be, or not\r\nto sleep; to die\r\n")
     run_main(monkeypatch, runs, "--text", "some.txt")
     out = capsys.readouterr().out
@@ -259,7 +259,7 @@ def test_a_text_is_printed_with_its_most_surprising_words(runs, monkeypatch, cap
         (["--device", "abacus"], "--device abacus"),
         (["--report", "text.txt"], "--report text.txt: cannot write there (text.txt: Not a directory)"),
         (["--report", "text.txt/report"], "--report text.txt/report: cannot write there (text.txt"),
-        (["--out", "nowhere"], "no checkpoint under nowhere/"),
+        (["--out", "nowhere"], "no checkpoint under nowhere/: train one with `python train.py`"),
         (["out"], "out: no best.pt"),
         (["out/gpt", "--out", "out"], "--out has no effect with models named"),
         (["--text", "text.txt", "--quick"], "--quick has no effect with mode text"),
@@ -291,10 +291,6 @@ def test_runs_and_reports_may_be_elsewhere(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "out/gpt", tmp_path / "runs/gpt")
     run_main(monkeypatch, runs, "--out", str(tmp_path / "runs"), "--quick")
     assert (tmp_path / "runs/report/report.md").exists()
-
-
-def test_no_checkpoints_at_all(tmp_path, refusal):
-    assert "train.py" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(("entry", "value"), [("sha256", "0" * 64), ("val_fraction", 0.5)])
