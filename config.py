@@ -206,9 +206,6 @@ class TrainRun:
         None, "where the text of --init-from is now, to measure forgetting", metavar="NAME|FILE"
     )
     save_every: float = setting(10.0, "save at least this often, besides at validations", above=0, metavar="MINUTES")
-    sample_every: int | None = setting(
-        None, "show a text at each N-th validation, 0: never (default: 1 on a terminal)", low=0
-    )
 
 
 LAPTOP_MINUTES, FINE_TUNING_MINUTES = 2.75, 1.0
@@ -264,7 +261,7 @@ def pretrained_preset(model: str) -> TrainConfig:
 
 
 # ------------------------------------------------------------------------------------------------- drawing tokens
-DRAWS, READS = {"mode": TEXT}, {"mode": (*TEXT, "top", "beams")}
+DRAWS, READS_ON, READS = ({"mode": modes} for modes in (TEXT, (*TEXT, "beams"), (*TEXT, "top", "beams")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,15 +269,13 @@ class LogitsConfig:
     """How a token is drawn from logits. Likelihoods are those of temperature 1 and nothing else."""
 
     temperature: float = setting(
-        0.7, "0 takes the likeliest token, 1 draws as likelihoods are measured (answers to pairs: 0)",
-        only=DRAWS, low=0,
-    )  # fmt: skip
-    top_k: int | None = setting(None, "draw from the K likeliest tokens", only=DRAWS, low=1)
-    top_p: float | None = setting(None, "... from the likeliest with total probability P", only=DRAWS, above=0, high=1)
+        0.7, "0: the likeliest token, 1: as likelihoods are measured (pairs: 0)", only=DRAWS, low=0
+    )
+    top_k: int | None = setting(None, "draw from the N likeliest tokens", only=DRAWS, low=1)
+    top_p: float | None = setting(None, "... from the likeliest with total probability X", only=DRAWS, above=0, high=1)
     repetition_penalty: float = setting(
-        1.0, "above 1: repeat fewer tokens. Characters must repeat: there it destroys words",
-        only={"mode": (*TEXT, "beams")}, above=0,
-    )  # fmt: skip
+        1.0, "above 1: repeat fewer tokens. With characters it destroys words", only=READS_ON, above=0
+    )
 
     def __post_init__(self):
         check(self)
@@ -312,22 +307,16 @@ class SamplingConfig(LogitsConfig):
     """
 
     steps: int | None = setting(
-        None, f"network evaluations a window that reveal (default: sweep {SWEEP_STEPS} a block, others 1 a token)",
-        only=LLADA, low=1, high=10**6,
-    )  # fmt: skip
-    order: str = setting("sweep", "which positions first; drawn_confidence: LLaDA's rule", only=LLADA, choices=ORDERS)
-    schedule: str | tuple[int, ...] = setting(
-        "uniform", f"how many at each step: {', '.join(SCHEDULES)}, or 8,8,16", only=LLADA, type=schedule
+        None, f"network evaluations (default: {SWEEP_STEPS} a block, or 1 a token)", only=LLADA, low=1, high=10**6
     )
+    order: str = setting("sweep", "which positions first; drawn_confidence: LLaDA's rule", only=LLADA, choices=ORDERS)
+    schedule: str | tuple[int, ...] = setting("uniform", "uniform, cosine or counts: 8,8,16", only=LLADA, type=schedule)
     block_length: int | None = setting(None, "fill blocks of N tokens from left to right", only=LLADA, low=1)
-    threshold: float | None = setting(None, "also reveal all with confidence >= P", only=LLADA, low=0, high=1)
+    threshold: float | None = setting(None, "also reveal all with confidence >= X", only=LLADA, low=0, high=1)
     correct: int = setting(4, "passes that mask and draw written tokens anew", only=LLADA, low=0, high=1000)
     correct_temperature: float = setting(0.5, "of these passes", only=LLADA, low=0)
     cfg_scale: float = setting(0.0, "strength of guidance by the prompt", only=LLADA, low=0)
-    slide: int | None = setting(
-        None, "in texts longer than the context, move the window N tokens at a time (default: half of the context)",
-        only={"mode": (*TEXT, "beams")}, low=1,
-    )  # fmt: skip
+    slide: int | None = setting(None, "long texts: move the window by N (default: half of it)", only=READS_ON, low=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -398,7 +387,7 @@ class WriteRun:
         None, "the model, or its run's folder (default: the newest under --out)", only=ONE_MODEL
     )
     out: Path = setting(
-        Path("out"), "the folder of runs, as of train.py", only={"models": ("under --out",)}, metavar="FOLDER"
+        Path("out"), "the folder of runs, as of train.py", only={"checkpoint": (None,)}, metavar="FOLDER"
     )
     model: str | None = setting(
         None, "which to write with (default: llada, or the one that the flags need)", only=ONE_MODEL, choices=MODELS
@@ -417,7 +406,7 @@ class WriteRun:
     page: Path | None = setting(None, "write a page in which the models themselves run, in any browser", metavar="FILE")
     chat: bool = setting(False, "read prompts line by line and answer each; `exit` leaves")
     race: bool = setting(False, "LLaDA and GPT write from one prompt, side by side")
-    top: int | None = setting(None, "show the K likeliest next tokens with their probabilities", low=1)
+    top: int | None = setting(None, "show the N likeliest next tokens with their probabilities", low=1)
     beams: int | None = setting(None, "GPT: beam search with N beams", only=GPT, low=1)
     streams: int | None = setting(
         None, "a GPT trained with --parallel: write in N places at once (default: as trained)", only=GPT, low=1,

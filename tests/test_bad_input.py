@@ -28,7 +28,7 @@ NUMBERS = [  # program, flags, and values that each of them must refuse besides 
     ("train", "--steps --eval-every", "0 -1 1.5"),
     ("train", "--lr --ngram-lr", f"0 -1 {HUGE}"),
     ("train", "--minutes --save-every", "0 -1"),
-    ("train", "--lora-rank --sample-every", "-1 1.5"),
+    ("train", "--lora-rank", "-1 1.5"),
     ("train", "--dropout --ngram-dropout --calibration --sweep-share", f"-1 1 {HUGE}"),
     ("train", "--val-fraction", f"0 -1 1 {HUGE}"),
     ("train", "--short-share", f"-1 1.1 {HUGE}"),
