@@ -210,7 +210,7 @@ class TrainRun:
 
 LAPTOP_MINUTES, FINE_TUNING_MINUTES = 2.75, 1.0
 LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
-SWEEP_SHARE = 0.75  # of all of LLaDA's presets: text is written by the sweep, so it is what most rows train
+SWEEP_SHARE = {"llada": 0.75, "gpt": 0.0}  # of all presets: text is written by the sweep, so most rows train it
 
 
 def laptop_preset(model: str, minutes: float) -> TrainConfig:
@@ -225,7 +225,7 @@ def laptop_preset(model: str, minutes: float) -> TrainConfig:
     size = (64, 256) if minutes <= 1 else (96, 256) if minutes <= 6 else (128, 512)
     sized = replace(common, n_embd=size[0], block_size=size[1])
     if model == "llada":
-        return replace(sized, ngram_lr=0.75, sweep_share=SWEEP_SHARE, short_share=0.6 if minutes > 6 else 0.0)
+        return replace(sized, ngram_lr=0.75, sweep_share=SWEEP_SHARE["llada"], short_share=0.6 if minutes > 6 else 0.0)
     if minutes <= 1:
         return replace(sized, epochs=8)
     if minutes <= 6:
@@ -237,16 +237,14 @@ def gpu_preset(model: str) -> TrainConfig:
     """The settings for a GPU: the layers of nanoGPT's TinyShakespeare model, and its 5000 steps."""
     return TrainConfig(
         model=model, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, ngram_lr=0.004,
-        weight_decay=0.1, calibration=0.02, steps=5000, sweep_share=SWEEP_SHARE if model == "llada" else 0.0,
+        weight_decay=0.1, calibration=0.02, steps=5000, sweep_share=SWEEP_SHARE[model],
     )  # fmt: skip
 
 
 def fine_tuning_preset(model: str) -> TrainConfig:
     """The settings for continuing from a trained model on a laptop: smaller steps than from scratch."""
-    sweep_share = SWEEP_SHARE if model == "llada" else 0.0
-    return TrainConfig(
-        model=model, batch_size=8, lr=0.002, ngram_lr=0.05, minutes=FINE_TUNING_MINUTES, sweep_share=sweep_share
-    )
+    common = TrainConfig(model=model, minutes=FINE_TUNING_MINUTES, sweep_share=SWEEP_SHARE[model])
+    return replace(common, batch_size=8, lr=0.002, ngram_lr=0.05)
 
 
 def pretrained_preset(model: str) -> TrainConfig:
@@ -256,7 +254,7 @@ def pretrained_preset(model: str) -> TrainConfig:
         batch_size=16, calibration=0.02, ngram_lr=0.3, steps=4000, eval_every=200,
     )  # fmt: skip
     if model == "llada":
-        return replace(common, sweep_share=SWEEP_SHARE, ngram_rows=65521, ngram_width=24, ngram_lr=1.0)
+        return replace(common, sweep_share=SWEEP_SHARE["llada"], ngram_rows=65521, ngram_width=24, ngram_lr=1.0)
     return replace(common, dropout=0.2, ngram_dropout=0.5, weight_decay=0.1, ngram_lr=0.015)
 
 

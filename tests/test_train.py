@@ -489,19 +489,6 @@ def test_training_learns(run_script, corpus_file, tmp_path):
         assert result.nats_per_char < 0.6 * unigram
 
 
-@pytest.mark.parametrize("model", ["llada", "gpt"])
-def test_the_progress_of_the_final_score_ends_at_100_percent(corpus_file, model, capsys, monkeypatch):
-    """With a short last window, which LLaDA scores with more masks than the others."""
-    monkeypatch.setattr("utils.console.SECONDS_PER_LINE", 0)
-    trainer = small_trainer(model, corpus_file)
-    trainer.score()
-    shown = [int(line.split()[1]) for line in capsys.readouterr().err.splitlines() if line.startswith("validate: ")]
-    assert len(shown) > 1
-    assert shown == sorted(shown)
-    assert shown[-1] == 100
-    assert len(trainer.val_part) % trainer.config.block_size
-
-
 # ------------------------------------------------------------------------------------------------- settings
 @pytest.mark.parametrize(
     ("flags", "expected"),
