@@ -595,35 +595,3 @@ def test_the_first_ctrl_c_during_the_final_validation_ends_the_program(corpus_fi
     assert end.value.code == 130
     assert f"{tmp_path}/llada/best.pt is complete; its final score is missing" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "llada/best.pt").step == 2
-
-
-# ------------------------------------------------------------------------------------------------- bad flags
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--steps", "0"], ["--steps", "greater than 0"]),
-        (["--minutes", "nan"], ["--minutes"]),
-        (["--lr", "fast"], ["--lr", "'fast' is not a number"]),
-        (["--val-fraction", "1"], ["--val-fraction", "less than 1"]),
-        (["--calibration", "0.9999"], ["--calibration 0.9999", "too few"]),
-        (["--n-embd", "30", "--n-head", "4"], ["--n-embd", "30"]),
-        (["--data", "missing.txt"], ["--data missing.txt", "no such file"]),
-        (["--block-size", "10000000"], ["--block-size", "too few"]),
-        (["--batch-size", "6", "--accumulate", "4"], ["--batch-size 6"]),
-        (["--device", "quantum"], ["--device quantum", "cpu"]),
-        (["--device", "cpu:1"], ["--device cpu:1", "cpu"]),
-        *([] if torch.cuda.is_available() else [(["--device", "cuda"], ["--device cuda: not available", "cpu"])]),
-        (["--device", "cpu:foo"], ["--device cpu:foo", "cpu"]),
-        (["--arch", "vanilla", "--ngram-rows", "7"], ["--ngram-rows", "arch vanilla"]),
-        (["--resume"], ["out/llada/last.pt", "no such checkpoint"]),
-        (["--steps", "1", "--minutes", "1"], ["--steps or minutes"]),
-        (["--steps", "1", "--epochs", "1"], ["--epochs", "steps"]),
-        (["--model", "gpt", "--sweep-share", "0.5"], ["--sweep-share", "model llada"]),
-        (["--parallel", "2"], ["--parallel", "model gpt"]),
-    ],
-)
-def test_bad_flags_get_one_line(run_script, tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    data = [] if "--data" in flags else ["--data", "pydoc"]
-    [line] = run_script("train.py", *data, *flags, check=2)[1].splitlines()
-    assert all(word in line for word in words), line
