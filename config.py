@@ -5,7 +5,7 @@ it would change nothing. Torch is not imported here, so `--help` is instant.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -435,8 +435,3 @@ class EvaluateRun:
     seed: int = setting(0, "of masks and samples", **SEED)
     text: str | None = setting(None, "only score this text: its loss, the words that surprise", metavar="FILE")
     pairs: str | None = setting(None, "score the answers to the prompts of FILE", metavar="FILE")
-
-
-def flags_of(classes: Iterable[type]) -> list[str]:
-    """The names of all settings of these classes that are flags."""
-    return [f.name for config_class in classes for f in fields(config_class) if f.metadata.get("help")]
