@@ -5,7 +5,7 @@ it would change nothing. Torch is not imported here, so `--help` is instant.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -20,6 +20,7 @@ SCHEDULES = ("uniform", "cosine")
 SWEEP_STEPS = 16  # network evaluations of the default sampler for a window, or for a block
 SEED = {"low": 0, "high": 2**63 - 1}
 ARGPARSE = ("type", "metavar", "nargs", "const", "action", "choices")  # what is passed on to argparse
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
 TEXT = ("text", "infill", "file", "chat", "race")  # the modes of generate.py in which tokens are drawn
 
 
@@ -70,6 +71,7 @@ def add_flags(group, config_class: type, number: Callable, show_defaults: bool =
             options.setdefault("action", "store_true")
         elif "type" not in options and "choices" not in options:
             options["type"] = kind if kind in (str, Path) else number(kind, **bounds_of(meta))
+            options.setdefault("metavar", METAVARS[kind])
         shown = show_defaults and f.default not in (None, "") and kind is not bool and "default:" not in meta["help"]
         text = meta["help"].replace("%", "%%") + (f" (default: {f.default})" if shown else "")
         group.add_argument(flag, dest=f.name, default=None, help=text, **options)
@@ -96,7 +98,7 @@ def refuse_without_effect(args: argparse.Namespace, state: Mapping[str, object],
 
 # ------------------------------------------------------------------------------------------------- the network
 LARGEST, MOST_LAYERS = 1 << 24, 1000  # sizes beyond these are mistakes
-ROTARY = {"arch": ("rotary",)}
+ROTARY, BPE, LLADA_MODEL = {"arch": ("rotary",)}, {"tokenizer": ("bpe",)}, {"model": ("llada",)}
 
 
 @dataclass(frozen=True)
@@ -104,28 +106,20 @@ class ModelConfig:
     """Everything needed to rebuild a network. Raises ArgumentError for sizes that cannot be built."""
 
     vocab_size: int = setting(5, low=1, high=LARGEST)  # V
-    block_size: int = setting(256, "context length T, in tokens", low=1, high=LARGEST, metavar="T")
-    n_embd: int = setting(128, "width: a multiple of twice the heads", low=1, high=LARGEST, metavar="C")
-    n_head: int = setting(4, "attention heads in a layer", low=1, high=LARGEST, metavar="H")
-    n_layer: int = setting(4, "layers", low=1, high=MOST_LAYERS, metavar="L")
-    dropout: float = setting(0.0, "of the layers", low=0, below=1, metavar="P")
+    block_size: int = setting(256, "context length T, in tokens", low=1, high=LARGEST)
+    n_embd: int = setting(128, "width: a multiple of twice the heads", low=1, high=LARGEST)
+    n_head: int = setting(4, "attention heads in a layer", low=1, high=LARGEST)
+    n_layer: int = setting(4, "layers", low=1, high=MOST_LAYERS)
+    dropout: float = setting(0.0, "of the layers", low=0, below=1)
     arch: str = setting("rotary", "vanilla is PyTorch's encoder, for comparison", choices=("rotary", "vanilla"))
-    ngram_dropout: float = setting(
-        0.0, "of the n-gram tables, which overfit first", only=ROTARY, low=0, below=1, metavar="P"
-    )
-    ngram_rows: int = setting(
-        65521, "rows of each n-gram table, best a prime", only=ROTARY, low=1, high=LARGEST, metavar="N"
-    )
-    ngram_width: int = setting(
-        0, "numbers in a row, mapped up to the width; 0: as many as the width", only=ROTARY, low=0, high=LARGEST,
-        metavar="W",
-    )  # fmt: skip
+    ngram_dropout: float = setting(0.0, "of the n-gram tables, which overfit first", only=ROTARY, low=0, below=1)
+    ngram_rows: int = setting(65521, "of each n-gram table, best a prime", only=ROTARY, low=1, high=LARGEST)
+    ngram_width: int = setting(0, "width of these rows; 0: of the network", only=ROTARY, low=0, high=LARGEST)
     segments: str = setting(
-        "window", "an example is running text (window), or one speech, paragraph or line between [START] and [END]",
-        choices=(*SEGMENTS, "pairs"),
-    )  # fmt: skip
+        "window", "an example is running text (window), a speech, paragraph or line", choices=(*SEGMENTS, "pairs")
+    )
     ngram_base: int | None = setting(low=1)  # of the n-gram hashes (None: V). Set when V grows: ids from it on are new
-    lora_rank: int = setting(0, "with --init-from: train low-rank adapters of this rank alone", low=0, metavar="R")
+    lora_rank: int = setting(0, "with --init-from: train low-rank adapters of this rank alone", low=0)
 
     def __post_init__(self):
         check(self)
@@ -147,42 +141,24 @@ class TrainConfig(ModelConfig):
         nargs="+", type=str, metavar="NAME|FILE",
     )  # fmt: skip
     pairs: str | None = setting(None, 'train on lines of {"prompt": ..., "completion": ...} instead', metavar="FILE")
-    val_fraction: float = setting(0.2, "share of the text to validate on", above=0, below=1, metavar="P")
-    tokenizer: str = setting(
-        "char", "characters (char), byte-level BPE trained on the training part (bpe), or a tokenizer.json",
-        metavar="char|bpe|FILE",
-    )  # fmt: skip
-    bpe_size: int = setting(
-        512, "number of subwords", only={"tokenizer": ("bpe",)}, flag="vocab-size", low=261, high=1 << 20, metavar="V"
-    )
-    init_from: str | None = setting(
-        None, "start from the network and the tokenizer of this file or run's folder", metavar="CHECKPOINT"
-    )
-    batch_size: int = setting(16, "rows in a step, over all processes and micro-batches", above=0, metavar="B")
-    accumulate: int = setting(1, "micro-batches in a step: less memory, same result", above=0, metavar="N")
+    val_fraction: float = setting(0.2, "share of the text to validate on", above=0, below=1)
+    tokenizer: str = setting("char", "characters, subwords, or a tokenizer.json", metavar="char|bpe|FILE")
+    bpe_size: int = setting(512, "of --tokenizer bpe", only=BPE, flag="vocab-size", low=261, high=1 << 20)
+    init_from: str | None = setting(None, "fine-tune the model of this file or folder", metavar="CHECKPOINT")
+    batch_size: int = setting(16, "rows in a step, over all processes and micro-batches", above=0)
+    accumulate: int = setting(1, "micro-batches in a step: less memory, same result", above=0)
     optimizer: str = setting("muon", "of the blocks' matrices", choices=("muon", "adamw"))
-    lr: float = setting(
-        0.006, "peak learning rate of AdamW; Muon's and the embeddings' follow", above=0, high=1e6, metavar="R"
-    )
-    ngram_lr: float = setting(0.15, "peak of the n-gram tables, per token", only=ROTARY, above=0, high=1e6, metavar="R")
-    weight_decay: float = setting(0.0, "of the blocks' matrices", low=0, high=1e6, metavar="R")
-    sweep_share: float = setting(
-        0.0, "share of the rows whose masks are those of a random step of the sweep, by which text is written",
-        only={"model": ("llada",)}, low=0, below=1, metavar="P",
-    )  # fmt: skip
-    short_share: float = setting(0.0, "share of the run in which windows are cut in half", low=0, high=1, metavar="P")
-    calibration: float = setting(
-        0.0, "share of the training text to hold out, on which a temperature is fitted at the end", low=0, below=1,
-        metavar="P",
-    )  # fmt: skip
-    steps: int | None = setting(None, "end after N steps", above=0, metavar="N")
-    minutes: float | None = setting(None, "end after this time (default: 2.75 on a laptop)", above=0, metavar="M")
-    epochs: float | None = setting(
-        None, "with --minutes: end after the text was read N times, at the latest (default: GPT 8, over 6 minutes 50)",
-        above=0, metavar="N",
-    )  # fmt: skip
+    lr: float = setting(0.006, "peak of AdamW; Muon's and the embeddings' follow", above=0, high=1e6)
+    ngram_lr: float = setting(0.15, "peak of the n-gram tables, per token", only=ROTARY, above=0, high=1e6)
+    weight_decay: float = setting(0.0, "of the blocks' matrices", low=0, high=1e6)
+    sweep_share: float = setting(0.0, "share of rows masked as in the sweep", only=LLADA_MODEL, low=0, below=1)
+    short_share: float = setting(0.0, "share of the run in which windows are cut in half", low=0, high=1)
+    calibration: float = setting(0.0, "share of the text held out to fit a temperature", low=0, below=1)
+    steps: int | None = setting(None, "end after N steps", above=0)
+    minutes: float | None = setting(None, "end after this time (default: 2.75 on a laptop)", above=0)
+    epochs: float | None = setting(None, "... or earlier, after N readings of the text", above=0)
     eval_every: int | None = setting(None, "validate this often (default: ten times a run)", above=0, metavar="STEPS")
-    seed: int = setting(0, "of weights, windows and masks", **SEED, metavar="N")
+    seed: int = setting(0, "of weights, windows and masks", **SEED)
     compile: bool = setting(False, "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction)
 
     def __post_init__(self):
@@ -209,31 +185,23 @@ class TrainRun:
     """The flags of train.py that change no number of the run: where it happens and what is shown."""
 
     preset: str | None = setting(
-        None,
-        "sizes and length of the run (default: gpu on CUDA, else laptop; pretrained: of the models in pretrained/)",
-        choices=("laptop", "gpu", "pretrained"),
-    )  # fmt: skip
+        None, "of sizes and length (default: gpu on CUDA, else laptop)", choices=("laptop", "gpu", "pretrained")
+    )
     device: str | None = setting(None, "cpu, cuda, mps (default: the best one available)")
     out: Path = setting(Path("out"), "writes OUT/MODEL/last.pt, best.pt, metrics.jsonl, summary.json", metavar="FOLDER")
     export: Path | None = setting(None, "also write the best weights alone there, in half precision", metavar="FILE")
     resume: str | None = setting(
-        None, "continue the run of this file or folder (default: OUT/MODEL/last.pt)", nargs="?", const="",
-        metavar="CHECKPOINT",
-    )  # fmt: skip
+        None, "go on with this run (default: OUT/MODEL/last.pt)", nargs="?", const="", metavar="CHECKPOINT"
+    )
     old_data: str | None = setting(
-        None, "with --init-from: the text that the model was trained on (default: where it was), to measure forgetting",
-        metavar="NAME|FILE",
-    )  # fmt: skip
+        None, "where the text of --init-from is now, to measure forgetting", metavar="NAME|FILE"
+    )
     save_every: float = setting(10.0, "save at least this often, besides at validations", above=0, metavar="MINUTES")
-    sample_every: int | None = setting(
-        None, "show a short text after each N-th validation, 0 never (default: 1 on a terminal, else 0)", low=0,
-        metavar="N",
-    )  # fmt: skip
 
 
 LAPTOP_MINUTES, FINE_TUNING_MINUTES = 2.75, 1.0
 LAPTOP_STEPS_PER_MINUTE = 600  # about: how long --steps will take
-SWEEP_SHARE = 0.75  # of all of LLaDA's presets: text is written by the sweep, so it is what most rows train
+SWEEP_SHARE = {"llada": 0.75, "gpt": 0.0}  # of all presets: text is written by the sweep, so most rows train it
 
 
 def laptop_preset(model: str, minutes: float) -> TrainConfig:
@@ -248,7 +216,7 @@ def laptop_preset(model: str, minutes: float) -> TrainConfig:
     size = (64, 256) if minutes <= 1 else (96, 256) if minutes <= 6 else (128, 512)
     sized = replace(common, n_embd=size[0], block_size=size[1])
     if model == "llada":
-        return replace(sized, ngram_lr=0.75, sweep_share=SWEEP_SHARE, short_share=0.6 if minutes > 6 else 0.0)
+        return replace(sized, ngram_lr=0.75, sweep_share=SWEEP_SHARE["llada"], short_share=0.6 if minutes > 6 else 0.0)
     if minutes <= 1:
         return replace(sized, epochs=8)
     if minutes <= 6:
@@ -260,16 +228,14 @@ def gpu_preset(model: str) -> TrainConfig:
     """The settings for a GPU: the layers of nanoGPT's TinyShakespeare model, and its 5000 steps."""
     return TrainConfig(
         model=model, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, ngram_lr=0.004,
-        weight_decay=0.1, calibration=0.02, steps=5000, sweep_share=SWEEP_SHARE if model == "llada" else 0.0,
+        weight_decay=0.1, calibration=0.02, steps=5000, sweep_share=SWEEP_SHARE[model],
     )  # fmt: skip
 
 
 def fine_tuning_preset(model: str) -> TrainConfig:
     """The settings for continuing from a trained model on a laptop: smaller steps than from scratch."""
-    sweep_share = SWEEP_SHARE if model == "llada" else 0.0
-    return TrainConfig(
-        model=model, batch_size=8, lr=0.002, ngram_lr=0.05, minutes=FINE_TUNING_MINUTES, sweep_share=sweep_share
-    )
+    common = TrainConfig(model=model, minutes=FINE_TUNING_MINUTES, sweep_share=SWEEP_SHARE[model])
+    return replace(common, batch_size=8, lr=0.002, ngram_lr=0.05)
 
 
 def pretrained_preset(model: str) -> TrainConfig:
@@ -279,34 +245,33 @@ def pretrained_preset(model: str) -> TrainConfig:
         batch_size=16, calibration=0.02, ngram_lr=0.3, steps=4000, eval_every=200,
     )  # fmt: skip
     if model == "llada":
-        return replace(common, sweep_share=SWEEP_SHARE, ngram_rows=65521, ngram_width=24, ngram_lr=1.0)
+        return replace(common, sweep_share=SWEEP_SHARE["llada"], ngram_rows=65521, ngram_width=24, ngram_lr=1.0)
     return replace(common, dropout=0.2, ngram_dropout=0.5, weight_decay=0.1, ngram_lr=0.015)
 
 
 # ------------------------------------------------------------------------------------------------- drawing tokens
+DRAWS, READS_ON, READS = ({"mode": modes} for modes in (TEXT, (*TEXT, "beams"), (*TEXT, "top", "beams")))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogitsConfig:
     """How a token is drawn from logits. Likelihoods are those of temperature 1 and nothing else."""
 
     temperature: float = setting(
-        0.7, "0 takes the likeliest token, 1 draws as likelihoods are measured (answers to pairs: 0)",
-        only={"mode": TEXT}, low=0, metavar="T",
-    )  # fmt: skip
-    top_k: int | None = setting(None, "draw from the K likeliest tokens", only={"mode": TEXT}, low=1, metavar="K")
-    top_p: float | None = setting(
-        None, "... from the likeliest with total probability P", only={"mode": TEXT}, above=0, high=1, metavar="P"
+        0.7, "0: the likeliest token, 1: as likelihoods are measured (pairs: 0)", only=DRAWS, low=0
     )
+    top_k: int | None = setting(None, "draw from the N likeliest tokens", only=DRAWS, low=1)
+    top_p: float | None = setting(None, "... from the likeliest with total probability X", only=DRAWS, above=0, high=1)
     repetition_penalty: float = setting(
-        1.0, "above 1: repeat fewer tokens. Characters must repeat: there it destroys words",
-        only={"mode": (*TEXT, "beams")}, above=0, metavar="R",
-    )  # fmt: skip
+        1.0, "above 1: repeat fewer tokens. With characters it destroys words", only=READS_ON, above=0
+    )
 
     def __post_init__(self):
         check(self)
 
 
-LLADA = {"model": ("llada",), "mode": TEXT}
-GPT = {"model": ("gpt",)}
+LLADA, GPT = LLADA_MODEL | DRAWS, {"model": ("gpt",)}
+BEAMS = GPT | {"mode": ("beams",)}
 
 
 def schedule(text: str) -> str | tuple[int, ...]:
@@ -331,33 +296,16 @@ class SamplingConfig(LogitsConfig):
     """
 
     steps: int | None = setting(
-        None, f"network evaluations a window that reveal (default: sweep {SWEEP_STEPS} a block, others 1 a token)",
-        only=LLADA, low=1, high=10**6, metavar="K",
-    )  # fmt: skip
-    order: str = setting(
-        "sweep", "which positions are revealed first; drawn_confidence is LLaDA's published rule", only=LLADA,
-        choices=ORDERS,
-    )  # fmt: skip
-    schedule: str | tuple[int, ...] = setting(
-        "uniform", f"how many at each step: {', '.join(SCHEDULES)}, or 8,8,16", only=LLADA, type=schedule, metavar="S"
+        None, f"network evaluations (default: {SWEEP_STEPS} a block, or 1 a token)", only=LLADA, low=1, high=10**6
     )
-    block_length: int | None = setting(
-        None, "fill blocks of N tokens from left to right (default: the window is one block)", only=LLADA, low=1,
-        metavar="N",
-    )  # fmt: skip
-    threshold: float | None = setting(
-        None, "also reveal all with confidence >= P", only=LLADA, low=0, high=1, metavar="P"
-    )
-    correct: int = setting(
-        4, "passes that mask written tokens again, an eighth at a time, and draw them anew", only=LLADA, low=0,
-        high=1000, metavar="N",
-    )  # fmt: skip
-    correct_temperature: float = setting(0.5, "of these passes", only=LLADA, low=0, metavar="T")
-    cfg_scale: float = setting(0.0, "strength of guidance by the prompt", only=LLADA, low=0, metavar="S")
-    slide: int | None = setting(
-        None, "in texts longer than the context, move the window N tokens at a time (default: half of the context)",
-        only={"mode": (*TEXT, "beams")}, low=1, metavar="N",
-    )  # fmt: skip
+    order: str = setting("sweep", "which positions first; drawn_confidence: LLaDA's rule", only=LLADA, choices=ORDERS)
+    schedule: str | tuple[int, ...] = setting("uniform", "uniform, cosine or counts: 8,8,16", only=LLADA, type=schedule)
+    block_length: int | None = setting(None, "fill blocks of N tokens from left to right", only=LLADA, low=1)
+    threshold: float | None = setting(None, "also reveal all with confidence >= X", only=LLADA, low=0, high=1)
+    correct: int = setting(4, "passes that mask and draw written tokens anew", only=LLADA, low=0, high=1000)
+    correct_temperature: float = setting(0.5, "of these passes", only=LLADA, low=0)
+    cfg_scale: float = setting(0.0, "strength of guidance by the prompt", only=LLADA, low=0)
+    slide: int | None = setting(None, "long texts: move the window by N (default: half of it)", only=READS_ON, low=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -382,10 +330,7 @@ class DecodingConfig(LogitsConfig):
     tokens, larger values are faster. use_cache: keep keys and values; the text is the same without.
     """
 
-    context_len: int | None = setting(
-        None, "tokens that GPT sees (default: its block_size)", only=GPT | {"mode": (*TEXT, "top", "beams")}, low=1,
-        metavar="T",
-    )  # fmt: skip
+    context_len: int | None = setting(None, "tokens that GPT sees (default: all)", only=GPT | READS, low=1)
     slide: int | None = setting(low=1)  # the flag is SamplingConfig's; None: half of the context
     use_cache: bool = setting(True)
 
@@ -401,13 +346,8 @@ class BeamConfig:
     """
 
     num_beams: int = setting(5, low=1)
-    length_penalty: float = setting(
-        1.0, "of --beams: log p / length^A", only=GPT | {"mode": ("beams",)}, low=-10, high=10, metavar="A"
-    )
-    early_stopping: str = setting(
-        "no", "of --beams: end as soon as N texts are found", only=GPT | {"mode": ("beams",)},
-        choices=("no", "yes", "never"),
-    )  # fmt: skip
+    length_penalty: float = setting(1.0, "score: log p / length^X", only=BEAMS, low=-10, high=10)
+    early_stopping: str = setting("no", "end as soon as N texts are found", only=BEAMS, choices=("no", "yes", "never"))
     repetition_penalty: float = setting(1.0, above=0)
     num_return: int = setting(1, low=1)
     context_len: int | None = setting(low=1)
@@ -420,7 +360,10 @@ class BeamConfig:
 
 
 # ------------------------------------------------------------------------------------------------- scripts
-WRITES = {"mode": ("text", "infill")}
+WRITES, LONG = {"mode": ("text", "infill")}, {"mode": ("text", "chat", "race", "beams")}
+PROMPTED = {"mode": ("text", "race", "top", "beams")}
+COMPILED = GPT | {"mode": ("text", "chat", "beams")}
+HOLES, HOLES_FILE = LLADA_MODEL | {"mode": ("infill", "top")}, LLADA_MODEL | {"mode": ("file",)}
 SHOWN = {"mode": ("text", "infill", "race")}
 ONE_MODEL = {"mode": ("text", "infill", "file", "chat", "top", "beams", "page")}
 
@@ -430,53 +373,35 @@ class WriteRun:
     """The flags of generate.py that are no setting of a sampler: which model, which text, which view."""
 
     checkpoint: Path | None = setting(
-        None, "the model, or the folder of its run (default: the newest under --out)",
-        only=ONE_MODEL, metavar="FILE",
-    )  # fmt: skip
+        None, "the model, or its run's folder (default: the newest under --out)", only=ONE_MODEL
+    )
     out: Path = setting(
         Path("out"), "the folder of runs, as of train.py", only={"checkpoint": (None,)}, metavar="FOLDER"
     )
     model: str | None = setting(
-        None, "which of the models to write with (default: llada, or the one that the flags need)", only=ONE_MODEL,
-        choices=MODELS,
-    )  # fmt: skip
-    device: str | None = setting(None, "cpu, cuda, mps (default: the best one available)")
-    prompt: str | None = setting(
-        None, "the beginning of the text; - reads standard input", only={"mode": ("text", "race", "top", "beams")},
-        metavar="TEXT",
-    )  # fmt: skip
-    length: int = setting(
-        200, "characters to write", only={"mode": ("text", "chat", "race", "beams")}, low=1, high=10**7,
-        metavar="N",
-    )  # fmt: skip
-    num_samples: int = setting(1, "texts to write", only={"mode": ("text", "infill", "beams")}, low=1, metavar="N")
-    seed: int = setting(0, "the same seed gives the same text", only={"mode": TEXT}, **SEED, metavar="N")
-    infill: str | None = setting(
-        None, 'fill the masks of a text: "ROMEO: [MASK*12] love [MASK*20]"',
-        only={"model": ("llada",), "mode": ("infill", "top")}, metavar="TEMPLATE",
-    )  # fmt: skip
-    infill_file: Path | None = setting(
-        None, "... of a UTF-8 file, or of standard input (-); every other byte stays",
-        only={"model": ("llada",), "mode": ("file",)}, metavar="FILE",
-    )  # fmt: skip
-    watch: bool = setting(False, "show the text while it is written, on standard error", only=WRITES)
-    pause: float = setting(
-        0.12, "how long --watch shows the first step", only={"watch": (True,)}, low=0, high=60, metavar="SECONDS"
+        None, "which to write with (default: llada, or the one that the flags need)", only=ONE_MODEL, choices=MODELS
     )
+    device: str | None = setting(None, "cpu, cuda, mps (default: the best one available)")
+    prompt: str | None = setting(None, "how the text begins; - reads standard input", only=PROMPTED)
+    length: int = setting(200, "characters to write", only=LONG, low=1, high=10**7)
+    num_samples: int = setting(1, "texts to write", only={"mode": ("text", "infill", "beams")}, low=1)
+    seed: int = setting(0, "the same seed gives the same text", only=DRAWS, **SEED)
+    infill: str | None = setting(None, 'fill masks: "ROMEO: [MASK*12] love [MASK*20]"', only=HOLES, metavar="TEMPLATE")
+    infill_file: Path | None = setting(None, "... of a UTF-8 file, or of standard input (-)", only=HOLES_FILE)
+    watch: bool = setting(False, "show the text while it is written, on standard error", only=WRITES)
+    pause: float = setting(0.12, "seconds that --watch shows the first step", only={"watch": (True,)}, low=0, high=60)
     html: Path | None = setting(None, "write a page that plays how the text came about", only=SHOWN, metavar="FILE")
     gif: Path | None = setting(None, "... an animation of it", only=SHOWN, metavar="FILE")
     page: Path | None = setting(None, "write a page in which the models themselves run, in any browser", metavar="FILE")
     chat: bool = setting(False, "read prompts line by line and answer each; `exit` leaves")
     race: bool = setting(False, "LLaDA and GPT write from one prompt, side by side")
-    top: int | None = setting(None, "show the K likeliest next tokens with their probabilities", low=1, metavar="K")
-    beams: int | None = setting(None, "GPT: beam search with N beams", only=GPT, low=1, metavar="N")
+    top: int | None = setting(None, "show the N likeliest next tokens with their probabilities", low=1)
+    beams: int | None = setting(None, "GPT: beam search with N beams", only=GPT, low=1)
     stop: list | None = setting(
         None, "GPT: end after this text, which may be given several times", only=GPT | {"mode": ("text", "chat")},
         action="append", type=str, metavar="TEXT",
     )  # fmt: skip
-    compile: bool = setting(
-        False, "GPT: two to four times as fast, after half a minute", only=GPT | {"mode": ("text", "chat", "beams")}
-    )
+    compile: bool = setting(False, "GPT: 2 to 4 times as fast, after half a minute", only=COMPILED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -492,20 +417,9 @@ class EvaluateRun:
     )  # fmt: skip
     device: str | None = setting(None, "cpu, cuda, mps (default: the best one available)")
     report: Path | None = setting(
-        None, "for report.md, metrics.json, pictures (default: OUT/report)", only={"mode": ("report",)}, metavar="DIR"
+        None, "where tables and pictures go (default: OUT/report)", only={"mode": ("report",)}, metavar="FOLDER"
     )
-    quick: bool = setting(
-        False, "fewer windows, samplers and texts: wider intervals", only={"mode": ("report", "pairs")}
-    )
-    seed: int = setting(0, "of masks and samples", **SEED, metavar="N")
-    text: str | None = setting(
-        None, "only score the text of FILE: its loss, and the words that surprise most", metavar="FILE"
-    )
-    pairs: str | None = setting(
-        None, "models of pairs: score what they write after the prompts of FILE", metavar="FILE"
-    )
-
-
-def flags_of(classes: Iterable[type]) -> list[str]:
-    """The names of all settings of these classes that are flags."""
-    return [f.name for config_class in classes for f in fields(config_class) if f.metadata.get("help")]
+    quick: bool = setting(False, "fewer windows and texts: wider intervals", only={"mode": ("report", "pairs")})
+    seed: int = setting(0, "of masks and samples", **SEED)
+    text: str | None = setting(None, "only score this text: its loss, the words that surprise", metavar="FILE")
+    pairs: str | None = setting(None, "score the answers to the prompts of FILE", metavar="FILE")

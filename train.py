@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +38,6 @@ if TYPE_CHECKING:  # torch is imported after the arguments are parsed: --help is
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "ngram_rows", "ngram_width")  # comes with the model of --init-from
 ENDS = ("steps", "minutes", "epochs")
 MOVABLE = ("data", "pairs", "eval_every", "compile", "accumulate", *ENDS)  # what may change when a run is resumed
-SAMPLE_CHARACTERS = 120  # of --sample-every
-PROMPT_CHARACTERS, PROMPT_SEARCH = 24, 4000  # of the prompt in the last line; tokens to look for it in
 EXAMPLES = """
 python train.py
 python train.py --model gpt --minutes 15
@@ -115,24 +113,18 @@ def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint", on_cuda
     return {"compile": on_cuda} | {name: value for name, value in settings.items() if name in MOVABLE}
 
 
-def resume_path(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that --resume means, by default the run's last.pt; None for a new run."""
-    from checkpoint import checkpoint_file
+def run_files(args: argparse.Namespace, model: str | None) -> tuple[Path, Path | None]:
+    """The run's folder, OUT/MODEL, and the checkpoint that --resume means, None for a new run.
 
-    if args.resume is None:
-        return None
-    default = (args.out or TrainRun.out) / (args.model or MODELS[0]) / "last.pt"
-    return checkpoint_file(args.resume, ("last.pt",)) if args.resume else default
+    Without --out, a run that is resumed by its name goes on where it is. model: None if only the file tells it.
+    """
+    from checkpoint import RUN_FILES, checkpoint_file
 
-
-def run_folder(args: argparse.Namespace, model: str) -> Path:
-    """Where the run is written: OUT/MODEL; without --out, a run that is resumed goes on where it is."""
-    from checkpoint import RUN_FILES
-
-    resumed = resume_path(args)
-    if resumed and args.out is None and resumed.name in RUN_FILES:
-        return resumed.parent
-    return (args.out or TrainRun.out) / model
+    folder = (args.out or TrainRun.out) / (model or args.model or MODELS[0])
+    if not args.resume:
+        return folder, None if args.resume is None else folder / "last.pt"
+    named = checkpoint_file(args.resume, ("last.pt",))
+    return (named.parent if args.out is None and named.name in RUN_FILES else folder), named
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -174,7 +166,7 @@ def start_run(args: argparse.Namespace, processes: "Processes") -> "Trainer":
         say(f"not compiled: {problem}")
         args.compile = False
     if args.resume is not None:
-        checkpoint = load_checkpoint(resume_path(args), resuming=True)
+        checkpoint = load_checkpoint(run_files(args, None)[1], resuming=True)
         return Trainer.resume(checkpoint, processes, **changed_settings(args, checkpoint, on_cuda))
     base = load_checkpoint(args.init_from) if args.init_from else None
     config = new_config(args, on_cuda, base)
@@ -200,21 +192,19 @@ def train(args: argparse.Namespace) -> None:
     processes = Processes(pick_device(args.device))
     with processes.joined(), ExitStack() as stack:
         trainer = start_run(args, processes)
-        model, folder = trainer.config.model, run_folder(args, trainer.config.model)
-        writer = CheckpointWriter(trainer, folder, resume_path(args))
+        model = trainer.config.model
+        folder, resumed_from = run_files(args, model)
+        writer = CheckpointWriter(trainer, folder, resumed_from)
         if processes.is_main:
             stack.enter_context(writer.opened())
             parameters, looked_up = trainer.model.num_parameters(), trainer.model.num_looked_up()
             share = f"{100 * looked_up / parameters:.0f} % of them rows of tables that are looked up"
             say(f"{model}: {parameters:,} parameters ({share}) on {trainer.corpus.name}, {processes}")
-        sample_every = int(sys.stderr.isatty()) if args.sample_every is None else args.sample_every
 
         def on_validation(record: dict) -> None:
             if processes.is_main:
                 writer.on_validation(record)
                 say_record(record, trainer)
-                if sample_every and len(trainer.history) % sample_every == 0:
-                    say_sample(trainer)
 
         def after_step() -> None:
             if processes.is_main:
@@ -247,8 +237,7 @@ def train(args: argparse.Namespace) -> None:
         if args.export:
             export_weights(args.export, load_checkpoint(writer.best))
             say(f"wrote {args.export}: {args.export.stat().st_size / 1e6:.1f} MB")
-        command = ["generate.py", "--checkpoint", f"{folder}/best.pt", "--prompt", beginning_of_a_line(trainer)]
-        say(f"next: python {shlex.join(command)}")
+        say(f"next: python {shlex.join(['generate.py', '--checkpoint', f'{folder}/best.pt'])}")
 
 
 # ------------------------------------------------------------------------------------------------- messages
@@ -289,32 +278,6 @@ def say_summary(summary: dict, best: dict, trainer: "Trainer") -> None:
         more = math.ceil(config.minutes * usual / summary["steps"])
         say(f"this run lacked steps: {summary['steps']:,}, where a usual laptop makes about {usual:,.0f} in "
             f"{config.minutes:g} minutes; here --minutes {more} would make as many")  # fmt: skip
-
-
-def say_sample(trainer: "Trainer") -> None:
-    """A short text of the model as it is now, on one line. The training does not notice: see test_train.py."""
-    import torch
-
-    from generation.text import GeneratorTransformer
-
-    writer = GeneratorTransformer(trainer.model.eval(), trainer.corpus.tokenizer)
-    # Texts have all lengths, for each of which a compiled network would be compiled anew.
-    with torch.compiler.set_stance("force_eager") if trainer.config.compile else nullcontext():
-        text = writer.generate(max_out_tokens=min(SAMPLE_CHARACTERS, trainer.config.block_size - 2))
-    trainer.model.train()
-    say(f"    {text}".replace("\n", "↵"))
-
-
-def beginning_of_a_line(trainer: "Trainer") -> str:
-    """The first words of a line (or of a prompt) of the training text: one that a command line can hold."""
-    part, tokenizer = trainer.corpus.split(trainer.config.val_fraction)[0], trainer.corpus.tokenizer
-    text = part[0].prompt if trainer.config.pairs else tokenizer.decode(part[:PROMPT_SEARCH])
-    for line in text.splitlines():
-        words = line[:PROMPT_CHARACTERS].rpartition(" ")[0] if len(line) > PROMPT_CHARACTERS else line
-        prompt = words or line[:PROMPT_CHARACTERS]
-        if prompt.strip() and prompt.isprintable() and not prompt.startswith("-") and "[MASK" not in prompt:
-            return prompt
-    return ""
 
 
 def main() -> None:

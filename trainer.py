@@ -21,10 +21,10 @@ from checkpoint import Checkpoint, continued, deciding_loss, new_model
 from config import ModelConfig, TrainConfig
 from data import Corpus, Rows, load_same_corpus, window_rows
 from diffusion import DiffusionObjective
-from likelihood import Likelihood, pairs_needed
+from likelihood import Likelihood
 from model import GPT, LLaDAModel, Transformer, least_bytes
 from optim import build_optimizers, learning_rate_factor, set_learning_rate
-from utils.console import progress, say
+from utils.console import say
 from utils.devices import memory_problem
 from utils.errors import ArgumentError
 from utils.files import sha256_of
@@ -148,9 +148,8 @@ class Trainer:
             say(f"forgetting is not measured ({problem}): --old-data names the text that the model was trained on")
             return None
         part = corpus.split(known["val_fraction"])[1]
-        return score_rows(
-            self.model, corpus.validation_rows(part, self.config.block_size, segments, FINAL_CHARS)
-        ).nats_per_char
+        rows = corpus.validation_rows(part, self.config.block_size, segments, FINAL_CHARS)
+        return score_rows(self.model, rows).nats_per_char
 
     # --------------------------------------------------------------------------------------------- quantities
     @property
@@ -399,21 +398,10 @@ def scoring_batch_size(model: Transformer) -> int:
 
 
 def score_rows(model: Transformer, batches: list[Rows]) -> Likelihood:
-    """Exact (GPT) or upper bound (LLaDA) on rows, with a progress display."""
-    objective, shapes = objective_of(model), [rows.tokens.shape for rows in batches if rows.tokens.numel()]
-    # A short last window gets as many masks as it has positions, see `pairs_needed`.
-    evaluations = [2 * pairs_needed(N, T, FINAL_PAIRS) if objective.is_bound else 1 for N, T in shapes]  # of a row
-    total, size = sum(n * N * T for n, (N, T) in zip(evaluations, shapes, strict=True)), scoring_batch_size(model)
-    positions = 0
-
-    def count(_, inputs: tuple, output) -> None:
-        nonlocal positions
-        positions += inputs[0].numel()
-        update(positions)
-
-    with progress(total, "validate") as update, model.eval().register_forward_hook(count):
-        rows = [part.to(model.device) for part in batches]
-        return objective.likelihood(model, rows, pairs=FINAL_PAIRS, batch_size=size)
+    """Exact (GPT) or upper bound (LLaDA) on rows."""
+    say(f"scoring {sum(int(rows.characters.sum()) for rows in batches):,} characters")
+    rows, size = [part.to(model.device) for part in batches], scoring_batch_size(model)
+    return objective_of(model).likelihood(model.eval(), rows, pairs=FINAL_PAIRS, batch_size=size)
 
 
 def overfitting_since(history: list[dict]) -> int | None:

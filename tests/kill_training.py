@@ -19,18 +19,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch._dynamo  # imported by optimizers when they are made: once, here
+from conftest import TINY
 
 import train
 import trainer  # noqa: F401 (imported before the forks)
 from checkpoint import deciding_loss, load_checkpoint
 
-TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--ngram-rows", "101"]
-
 
 def start(folder: Path, steps: int, model: str) -> int:
     """Fork a process that begins or resumes the run in `folder`; returns its id."""
     flags = ["--model", model, "--data", str(folder.parent / "corpus.txt"), "--steps", str(steps), "--eval-every", "5"]
-    flags += [*TINY, "--batch-size", "4", "--dropout", "0.1", "--short-share", "0.5", "--calibration", "0.1"]
+    flags += [*TINY, "--dropout", "0.1", "--short-share", "0.5", "--calibration", "0.1"]
     flags += ["--out", str(folder), "--save-every", "0.002"]  # minutes
     if (folder / model / "last.pt").exists():
         flags.append("--resume")

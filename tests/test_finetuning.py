@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+import toy
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -22,11 +23,7 @@ BOTH = pytest.mark.parametrize(("name", "arch"), [*product(MODELS, ARCHITECTURES
 
 def random_model(name: str, arch: str = "rotary", **settings):
     """A small model with random weights, also where they start at zero, so that every weight matters."""
-    sizes = {"block_size": 16, "n_embd": 16, "n_head": 2, "n_layer": 2, "ngram_rows": 101}
-    model, noise = new_model(name, ModelConfig(V, arch=arch, **(sizes | settings))), torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3, generator=noise)
-    return model.eval()
+    return toy.random_model(name, arch=arch, vocab_size=V, std=0.3, **settings)
 
 
 def changed(model, **settings):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
-from data import load_corpus
 from extras.bpe import BPETokenizer
 from extras.lora import adapter_state
 from generation.text import GeneratorTransformer
@@ -132,30 +131,6 @@ def test_forgetting_that_cannot_be_measured_is_one_line_and_a_flag_says_where_th
     assert len(lines) == 1
     assert re.search("no such file.*--old-data", lines[0])
     assert "the old text:" in train(*flags, "--old-data", "moved.txt")
-
-
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
-        ("--segments stanza", "--segments: 'stanza' is not one of window, speech, paragraph, line"),
-        ("--tokenizer bpe --vocab-size 100", "--vocab-size: must be at least 261"),
-        ("--vocab-size 300", "--vocab-size has no effect with tokenizer char: it needs tokenizer bpe"),
-        ("--tokenizer none.json", "none.json: No such file"),
-        ("--old-data plays.txt", "--old-data needs --init-from"),
-        ("--tokenizer plays.txt", "plays.txt: cannot be used as a tokenizer"),
-        ("--init-from none.pt", "none.pt: no such checkpoint"),
-        ("--init-from plays.txt", "plays.txt: its content does not match its SHA-256"),
-        ("--lora-rank 8", "--lora-rank needs a model to adapt"),
-        ("--lora-rank -1", "--lora-rank: must be at least 0"),
-        ("--pairs pairs.jsonl", "--data has no effect with pairs FILE"),
-        ("--export .", "--export . is a folder"),
-    ],
-)
-def test_bad_flags(train, run_script, flags, problem):
-    assert load_corpus("plays.txt").ids.numel()
-    _, messages = run_script("train.py", "--data", "plays.txt", "--steps", "1", *SIZES, *flags.split(), check=2)
-    assert problem in messages
-    assert len(messages.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

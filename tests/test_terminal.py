@@ -53,7 +53,7 @@ def call(runs, run_script, monkeypatch):
 
     for model in ("llada", "gpt"):
         if not os.path.exists(f"out/{model}"):
-            flags = ["--data", NAME, *TINY, "--steps", "2", "--eval-every", "1", "--sample-every", "1"]
+            flags = ["--data", NAME, *TINY, "--steps", "2", "--eval-every", "1"]
             assert_shown(checked("train.py", "--model", model, *flags)[1])
     return checked
 
