@@ -134,8 +134,11 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("generate --gen-length 5", "unrecognized arguments: --gen-length 5; did you mean --length?"),
     ("generate --num_steps 5", "did you mean --steps?"),
     ("generate --model GTP", "'GTP' is not one of llada, gpt; did you mean gpt?"),
-    *((f"generate {flag} {path}", f"{flag} {path}: cannot be written")
-      for flag in ("--html", "--gif", "--page") for path in ("nowhere/a.html", "out")),
+    *(
+        (f"generate {flag} {path}", f"{flag} {path}: cannot be written")
+        for flag in ("--html", "--gif", "--page")
+        for path in ("nowhere/a.html", "out")
+    ),
     ("generate --order best", "--order"),
     ("generate --top 3 --seed 1", "--seed has no effect with mode top"),
     ("bench budget --model bert", "--model"),
@@ -153,8 +156,11 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("train --resume out", "out: no last.pt in this folder"),
 ]
 FILES = [  # a program's way to read a file, what is in it, and what the line must say besides its name
-    *((f"{way} {name}", name) for way in ("generate --checkpoint", "evaluate", "train --resume", "train --init-from")
-      for name in ("missing.pt", "empty", "text.pt", "cut.pt", "long.pt", "flipped.pt", "foreign.pt", "other.txt")),
+    *(
+        (f"{way} {name}", name)
+        for way in ("generate --checkpoint", "evaluate", "train --resume", "train --init-from")
+        for name in ("missing.pt", "empty", "text.pt", "cut.pt", "long.pt", "flipped.pt", "foreign.pt", "other.txt")
+    ),
     *((f"train --data {name}", name) for name in ("missing.txt", "empty", "latin1.txt", "half.txt", "out", "cut.pt")),
     ("train --data one.txt", "1 tokens to train on are too few|0 tokens"),
     ("train --data short.txt", "too few for one window of 16"),
@@ -177,8 +183,12 @@ FILES = [  # a program's way to read a file, what is in it, and what the line mu
     ("train --init-from out/llada/last.pt --block-size 17", "--block-size must be at most 16"),
 ]
 ROWS = [
-    *((f"{program} {flag} {value}", flag) for program, flags, values in NUMBERS for flag in flags.split()
-      for value in f"{values} {WORDS}".split(" ")),
+    *(
+        (f"{program} {flag} {value}", flag)
+        for program, flags, values in NUMBERS
+        for flag in flags.split()
+        for value in f"{values} {WORDS}".split(" ")
+    ),
     *SIZES,
     *FILES,
 ]
