@@ -17,7 +17,7 @@ from torch import Tensor
 from config import BeamConfig, DecodingConfig
 from data import Rows
 from likelihood import Likelihood, Predict
-from logits import draw_tokens, in_float64, penalize_repetition, row_generators
+from logits import draw_tokens, penalize_repetition, row_generators
 from model import GPT
 from tokenizer import END_ID, PAD_ID, START_ID
 from utils.errors import ArgumentError, check_number
@@ -218,8 +218,8 @@ def decode(
     generators = row_generators(generator, prompts)
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
     for _ in range(max_out_tokens):
-        logits = penalize_repetition(context.next_logits(), context.texts, config.repetition_penalty)
-        logits = in_float64(logits.cpu())  # (B, V)
+        logits = penalize_repetition(context.next_logits().cpu(), context.texts, config.repetition_penalty)
+        logits = logits.double()  # (B, V)
         tokens = draw_tokens(logits, torch.ones_like(ended), generators, config).masked_fill(ended[:, 0], END_ID)
         yield tokens, logits.softmax(-1)
         ended |= tokens[:, None] == END_ID

@@ -342,7 +342,7 @@ const candidates = (p) => [...p.keys()].filter((i) => i >= FIRST && p[i] > 0).so
 
 // What the network believes of positions `at`: {position: [id, p, id, p, ...]}, and their probabilities and logits.
 function look(network, tokens, at) {
-  const logits = network.forward(tokens, { at }), p = at.map((_, row) => probabilities(logits, row, network.V));
+  const logits = network.forward(tokens, { at }), p = at.map((_, row) => probabilities(logits, row, network.V, 1, FIRST));
   return { logits, p, beliefs: Object.fromEntries(at.map((position, row) => [position, candidates(p[row])])) };
 }
 

@@ -143,7 +143,6 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("generate --top 3 --seed 1", "--seed has no effect with mode top"),
     ("bench budget --model bert", "--model"),
     ("bench speed", "'speed' is not one of"),
-    ("bench sampling --out nowhere", "no checkpoint under nowhere/"),
     ("evaluate --out nowhere", "no checkpoint under nowhere/"),
     ("evaluate --device quantum", "--device quantum"),
     ("evaluate --data other.txt", "is not the text the model was trained on"),
