@@ -7,9 +7,8 @@ from pathlib import Path
 
 COLOURS, NAMES = {"llada": "#0072B2", "gpt": "#D55E00"}, {"llada": "LLaDA", "gpt": "GPT"}
 STYLE = {
-    **{"figure.figsize": (6.4, 4.8), "figure.dpi": 150, "figure.constrained_layout.use": True},
-    **{"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False},
-    **{"font.size": 10, "legend.frameon": False, "legend.fontsize": 8},
+    **{"figure.dpi": 150, "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8},
 }
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 GROUPS = {  # of characters, and their colours
@@ -28,8 +27,7 @@ def draw_pictures(metrics: dict, out: Path) -> dict[str, str]:
         for name, draw in drawn.items():
             figure = Figure()
             axes = draw(figure, metrics)
-            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-            figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
             figure.savefig(out / name)
     return {name: draw.__doc__ for name, draw in drawn.items()}
 

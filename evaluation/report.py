@@ -9,8 +9,8 @@ from utils.files import atomic_write
 
 LIKELIHOOD = """*Exact* is the negative log-likelihood itself. An *upper bound* lies above it, by an unknown distance:
 LLaDA's is for tokens revealed one by one in random order. By its sampler: at temperature 1, without correction."""
-SAMPLERS = """At temperature 1. Differences to the first row are paired over the same windows. LLaDA's presets train it
-for the sweep of 16 steps: a model that was not would do better in other orders."""
+SAMPLERS = """At temperature 1. NFE: network evaluations for a window. Differences to the first row are paired over the
+same windows. LLaDA's presets train it for the sweep: a model that was not would do better in other orders."""
 TEXTS = """{} texts of each kind without a prompt, written as one batch; *default* is what generate.py does. Real words:
 share that occurs in the training text. Variety: distinct words over words. Read both together: a lower temperature buys
 the first with the second. Longest copy: characters in a row found in the training text."""
@@ -75,26 +75,9 @@ def sections(metrics: dict) -> dict[str, tuple[str, str]]:
     return found | {"Texts": (texts(metrics), TEXTS.format(metrics["texts_of_a_kind"]))}
 
 
-def summary(metrics: dict) -> str:
-    """Up to three lines: the loss of each model, their difference with its interval, what their samplers cost."""
-    losses = [(NAMES[name], m) for name, m in metrics["models"].items()]
-    by_sampler = {name: m for name, m in metrics["written"].items() if metrics["models"][name] != m}
-    losses += [(f"{NAMES[name]} by its sampler", m) for name, m in by_sampler.items()]
-    lines = [", ".join(f"{label} {m['nats_per_char']:.3f} ({kind(m)})" for label, m in losses) + " nats/char."]
-    first = {row["model"]: row for row in reversed(metrics.get("samplers", []))}  # the default sampler of each
-    if len(first) > 1:
-        gap = first["gpt"]["difference"]
-        lines.append(f"GPT minus LLaDA's sampler: {gap['nats_per_char']:+.3f} (95 %: {interval(gap['ci95'], 3)}).")
-    if first:
-        costs = (f"{NAMES[name]} {row['nfe']:.0f}" for name, row in first.items())
-        lines.append(f"Network evaluations for a window of {metrics['window']} tokens: {', '.join(sorted(costs))}.")
-    return "  \n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------------- the whole
 def print_report(metrics: dict) -> None:
-    """The summary and the tables with their titles on standard output."""
-    print(summary(metrics).replace("  \n", "\n") + "\n")
+    """The tables with their titles on standard output."""
     print("\n\n".join(f"{title}:\n{rows}" for title, (rows, _) in sections(metrics).items()))
 
 
@@ -105,7 +88,6 @@ def report_text(metrics: dict, pictures: dict[str, str]) -> str:
         f"# {names} on `` {printable(Path(corpus['name']).name)} ``",  # as code, in which nothing is markup
         f"The last {100 * corpus['val_fraction']:g} % of {corpus['characters']:,} characters (SHA-256 "
         f"{corpus['sha256']:.16}). Intervals are over windows of {metrics['window']} tokens.",
-        summary(metrics),
     ]
     for title, section in sections(metrics).items():
         parts += [f"## {title}", *section]
@@ -120,7 +102,6 @@ def report_text(metrics: dict, pictures: dict[str, str]) -> str:
 
 def write_report(metrics: dict, out: Path) -> None:
     """Write metrics.json, the pictures and report.md to the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
     files = {"metrics.json": json.dumps(metrics, indent=1, allow_nan=False) + "\n"}
     files["report.md"] = report_text(metrics, draw_pictures(metrics, out))
     for name, text in files.items():

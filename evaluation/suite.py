@@ -15,7 +15,7 @@ from torch import Tensor
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, load_checkpoint
 from config import SWEEP_STEPS, DecodingConfig, SamplingConfig
-from data import Corpus
+from data import Corpus, Rows
 from evaluation.metrics import text_metrics, words
 from generation.write import mask_predictor, write
 from likelihood import Likelihood, half_width95, policy_likelihood
@@ -23,12 +23,12 @@ from model import GPT, MODELS, Transformer
 from sampler import has_exact_likelihood, policy_of
 from tokenizer import MASK_ID, START_ID
 from trainer import objective_of, scoring_batch_size
-from utils.console import say, track
+from utils.console import track
 
 Config = SamplingConfig | DecodingConfig
 MOST_READ = 1 << 21  # characters of the training text that are read for its words and for copies
-WINDOWS, PAIRS, FEW, TEXTS = 8192, 8, 64, 32  # pairs of masks for each window; windows that all samplers score
-QUICK = 128, 2, 16, 8  # the same
+FULL = 8192, 8, 64, 32  # windows, pairs of masks for each of them, windows that all samplers score, texts
+QUICK = 128, 2, 16, 8  # the same with --quick
 
 
 def select_checkpoints(paths: list[Path], device: str) -> dict[str, Checkpoint]:
@@ -49,19 +49,17 @@ def select_checkpoints(paths: list[Path], device: str) -> dict[str, Checkpoint]:
 
 
 # ------------------------------------------------------------------------------------------------- samplers
-def samplers_of(model: Transformer, T: int, quick: bool = False) -> dict[str, Config]:
+def samplers_of(model: Transformer, T: int) -> dict[str, Config]:
     """The samplers to compare on windows of T tokens, at temperature 1 and uncorrected; first the default one.
 
     LLaDA: the sweep and the random order in several numbers of steps, others one token a step.
     """
     if isinstance(model, GPT):
         return {"as trained": DecodingConfig(temperature=1.0)}
-    steps, single = ((16, 32), ("confidence",)) if quick else ((8, 16, 32), ("left", "confidence"))
     found = {f"sweep, {min(SWEEP_STEPS, T)} steps": {}}
-    several = [(order, K) for order in ("sweep", "random") for K in steps if K < T]
+    several = [(order, K) for order in ("sweep", "random") for K in (8, 16, 32) if K < T]
     found |= {f"{order}, {K} steps": {"order": order, "steps": K} for order, K in several}
-    found |= {f"{order}, {T} steps": {"order": order} for order in single}
-    found["confidence, threshold 0.9"] = {"order": "confidence", "threshold": 0.9}
+    found |= {f"{order}, {T} steps": {"order": order} for order in ("left", "confidence")}
     return {name: SamplingConfig(temperature=1.0, correct=0, **settings) for name, settings in found.items()}
 
 
@@ -84,13 +82,24 @@ def sampler_likelihood(model: Transformer, windows: Tensor, config: Config, seed
     return result, float(nfe.double().mean())
 
 
-def writers_of(model: Transformer, quick: bool = False) -> dict[str, Config]:
+def rows_likelihood(model: Transformer, rows: list[Rows], config: Config, seed: int = 0) -> tuple[Likelihood, float]:
+    """`sampler_likelihood` of windows of running text of several lengths, per character; NFE of the first length."""
+    parts, nfe = zip(*(sampler_likelihood(model, part.tokens, config, seed) for part in rows), strict=True)
+    return Likelihood.join(list(parts)).per(torch.cat([part.characters for part in rows])), nfe[0]
+
+
+def objective_likelihood(model: Transformer, rows: list[Rows], seed: int = 0, pairs: int = 8) -> Likelihood:
+    """Of any rows, under what the model learns: GPT exact, LLaDA an upper bound from `pairs` pairs of masks a row."""
+    settings = {"pairs": pairs, "seed": seed, "batch_size": scoring_batch_size(model)}
+    return objective_of(model).likelihood(model, [part.to(model.device) for part in rows], **settings)
+
+
+def writers_of(model: Transformer) -> dict[str, Config]:
     """The settings to write texts with, by name; first those of generate.py."""
     found = {"default": {}, "temperature 1": {"temperature": 1.0}}
     if isinstance(model, GPT):
         return {name: DecodingConfig(**settings) for name, settings in found.items()}
-    found |= {"64 steps": {"steps": 64}, "without correction": {"correct": 0}}
-    found |= {} if quick else {"drawn_confidence, 1 a step": {"order": "drawn_confidence", "correct": 0}}
+    found |= {f"{2 * SWEEP_STEPS} steps": {"steps": 2 * SWEEP_STEPS}, "4 correction passes": {"correct": 4}}
     return {name: SamplingConfig(**settings) for name, settings in found.items()}
 
 
@@ -131,112 +140,88 @@ def embedding_map(weight: Tensor) -> dict:
     return {"xy": (u * s)[:, :2].tolist(), "shares": (s.square() / s.square().sum())[:2].tolist()}
 
 
-class Evaluation:
-    """The models on their text. Each stage measures one thing and returns its entries of metrics.json."""
+# ------------------------------------------------------------------------------------------------- stages
+def evenly_spaced(N: int, limit: int) -> Tensor:
+    """The indices of at most `limit` of N windows."""
+    return torch.linspace(0, N - 1, min(limit, N)).long()
 
-    def __init__(self, checkpoints: dict[str, Checkpoint], corpus: Corpus, quick: bool = False, seed: int = 0):
-        first = next(iter(checkpoints.values()))
-        self.checkpoints, self.corpus, self.quick, self.seed = checkpoints, corpus, quick, seed
-        self.models = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
-        self.tokenizer, self.segments = first.tokenizer, first.model.config.segments
-        windows, self.pairs, self.few, self.count = QUICK if quick else (WINDOWS, PAIRS, FEW, TEXTS)
-        T = min(model.config.block_size for model in self.models.values())
-        self.train, val = corpus.split(first.corpus["val_fraction"])
-        self.rows = corpus.validation_rows(val, T, self.segments, windows * T)
-        self.N, self.T = self.rows[0].tokens.shape
-        self.results: dict[str, Likelihood] = {}  # of the objectives: exact, or an upper bound
 
-    def some(self, limit: int) -> Tensor:
-        """The indices of at most `limit` of the N windows, evenly spaced."""
-        return torch.linspace(0, self.N - 1, min(limit, self.N)).long()
+def compare_samplers(
+    runs: dict[str, Checkpoint], rows: list[Rows], objectives: dict[str, Likelihood], few: int, seed: int
+) -> tuple[list[dict], dict[str, Likelihood]]:
+    """The loss of each sampler and its network evaluations, as entries of metrics.json; those of the default samplers.
 
-    def figures(self, results: dict[str, Likelihood]) -> dict[str, dict]:
-        """Results by model as entries of metrics.json."""
-        return {name: figures(result, self.tokenizer.is_exact) for name, result in results.items()}
-
-    def likelihood(self) -> dict:
-        """The loss of each model's objective; of windows also LLaDA's masking curve, and the loss by position."""
-        for name, model in track(self.models.items(), "score"):
-            settings = {"pairs": self.pairs, "seed": self.seed, "batch_size": scoring_batch_size(model)}
-            rows = [part.to(model.device) for part in self.rows]
-            self.results[name] = objective_of(model).likelihood(model, rows, **settings)
-        entries = {"models": self.figures(self.results)}
-        if self.segments == "window":
-            scale = self.T / float(self.rows[0].characters.double().mean())
-            found = self.results.items()
-            entries["positions"] = {x: (scale * r.token_nats[: self.N, : self.T]).mean(0).tolist() for x, r in found}
-            entries["masking_curve"] = {x: (scale * r.curve[1:]).tolist() for x, r in found if r.curve is not None}
-        return entries
-
-    def samplers(self) -> dict:
-        """The loss of each sampler against its network evaluations, and its difference to the first, a default one.
-
-        Default samplers are scored on all windows. The loss of another is that of the first one on all windows, plus
-        the paired difference on those that it has scored.
-        """
-        if self.segments != "window":  # rows differ in length
-            return {"written": {}}
-        rows, written, characters = [], {}, torch.cat([part.characters for part in self.rows])
-
-        def add(name: str, label: str, result: Likelihood, nfe: float, reference: Likelihood) -> None:
-            gap, is_bound = paired_difference(result, reference), result.is_bound or not self.tokenizer.is_exact
+    Default samplers are scored on all windows. The loss of another is that of the first one on all windows, plus the
+    paired difference on `few` of them, which both have scored. objectives: the likelihoods of `objective_likelihood`.
+    """
+    entries, written, chosen = [], {}, evenly_spaced(len(rows[0].tokens), few)
+    some, T = Rows(rows[0].tokens[chosen], rows[0].characters[chosen]), rows[0].tokens.shape[1]
+    for name, run in runs.items():
+        (label, config), *others = samplers_of(run.model, T).items()
+        written[name], nfe = rows_likelihood(run.model, rows, config, seed)
+        first = next(iter(written.values()))
+        compared = [(label, written[name], nfe, first)]
+        reference = Likelihood.from_token_nats([first.token_nats[chosen]]).per(some.characters)
+        for label, config in track(others, f"samplers of {name}"):
+            compared.append((label, *rows_likelihood(run.model, [some], config, seed), reference))
+        if objectives[name].is_bound:
+            compared.append((f"random, {T} steps", objectives[name], T, first))
+        for label, result, nfe, against in compared:
+            gap, is_bound = paired_difference(result, against), result.is_bound or not run.tokenizer.is_exact
             level = {"nats_per_char": first.nats_per_char + gap["nats_per_char"], "is_bound": is_bound}
-            rows.append({"model": name, "sampler": label, "nfe": nfe, "difference": gap} | level)
+            entries.append({"model": name, "sampler": label, "nfe": nfe, "difference": gap} | level)
+    return entries, written
 
-        full, chosen = self.rows[0], self.some(self.few)
-        for name, model in self.models.items():
-            (label, default), *others = samplers_of(model, self.T, self.quick).items()
-            parts, nfe = zip(*(sampler_likelihood(model, p.tokens, default, self.seed) for p in self.rows), strict=True)
-            written[name] = Likelihood.join(list(parts)).per(characters)
-            first = next(iter(written.values()))
-            add(name, label, written[name], nfe[0], first)
-            few = Likelihood.from_token_nats([first.token_nats[chosen]]).per(full.characters[chosen])
-            for label, config in track(others, f"samplers of {name}"):
-                result, nfe = sampler_likelihood(model, full.tokens[chosen], config, self.seed)
-                add(name, label, result.per(few.characters), nfe, few)
-            if self.results[name].is_bound:
-                add(name, f"random, {self.T} steps", self.results[name], self.T, first)
-        return {"samplers": rows, "written": self.figures(written)}
 
-    def texts(self) -> dict:
-        """Real words, variety and copies of texts without a prompt, and of as much validation text; a text of each."""
-        source, real = self.tokenizer.decode(self.train[:MOST_READ]), self.rows[0].tokens[self.some(self.count)]
-        vocabulary, rows = set(words(f" {source} ")), []
+def compare_texts(runs: dict[str, Checkpoint], source: str, real: Tensor, seed: int) -> list[dict]:
+    """Real words, variety and copies of texts without a prompt, and of as much validation text, `real` (N, T); with a
+    text of each. source: the training text."""
+    vocabulary, decode = set(words(f" {source} ")), next(iter(runs.values())).tokenizer.decode
 
-        def measure(ids: Tensor, name: str | None, writer: str, **about) -> None:
-            texts = list(map(self.tokenizer.decode, ids))
-            metrics = text_metrics(texts, vocabulary, source)
-            rows.append({"model": name, "writer": writer, "text": texts[0]} | metrics | about)
+    def entry(ids: Tensor, **about) -> dict:
+        texts = list(map(decode, ids))
+        return about | {"text": texts[0]} | text_metrics(texts, vocabulary, source)
 
-        measure(real, None, "validation text")
-        for name, model in self.models.items():
-            for label, config in track(writers_of(model, self.quick).items(), f"{name} writes"):
-                start = time.perf_counter()
-                ids, nfe = write_texts(model, *real.shape, config, self.seed)
-                milliseconds = 1000 * (time.perf_counter() - start) / len(real)
-                measure(ids, name, label, temperature=config.temperature, nfe=nfe, milliseconds=milliseconds)
-        return {"texts": rows, "texts_of_a_kind": len(real)}
+    entries = [entry(real, model=None, writer="validation text")]
+    for name, run in runs.items():
+        for label, config in track(writers_of(run.model).items(), f"{name} writes"):
+            start = time.perf_counter()
+            ids, nfe = write_texts(run.model, *real.shape, config, seed)
+            cost = {"nfe": nfe, "milliseconds": 1000 * (time.perf_counter() - start) / len(real)}
+            entries.append(entry(ids, model=name, writer=label, temperature=config.temperature, **cost))
+    return entries
 
-    def embeddings(self) -> dict:
-        """The embeddings of the characters in two dimensions; none of subwords."""
-        if not self.tokenizer.is_exact:
-            return {}
-        characters = self.tokenizer.characters
-        weights = {name: model.encoder.embedding.weight[-len(characters) :] for name, model in self.models.items()}
-        return {"embeddings": {name: embedding_map(x) for name, x in weights.items()}, "characters": characters}
 
-    def run(self) -> dict:
-        """The contents of metrics.json. Each stage ends with a line that has its time."""
-        known, runs = next(iter(self.checkpoints.values())).corpus, self.checkpoints.items()
-        metrics = {
-            "corpus": known | {"characters": self.corpus.characters},
-            "window": self.T,
-            "quick": self.quick,
-            "training": {name: {"checkpoint": str(c.path)} | c.training.get("config", {}) for name, c in runs},
-            "history": {name: c.history for name, c in runs},
-        }
-        for stage in (self.likelihood, self.samplers, self.texts, self.embeddings):
-            start = time.monotonic()
-            metrics |= stage()
-            say(f"{stage.__name__}: {time.monotonic() - start:.0f} s")
-        return metrics
+def evaluate(runs: dict[str, Checkpoint], corpus: Corpus, quick: bool = False, seed: int = 0) -> dict:
+    """The models on their text: the contents of metrics.json."""
+    first = next(iter(runs.values()))
+    tokenizer, segments = first.tokenizer, first.model.config.segments
+    windows, pairs, few, count = QUICK if quick else FULL
+    T = min(run.model.config.block_size for run in runs.values())
+    train, val = corpus.split(first.corpus["val_fraction"])
+    rows = corpus.validation_rows(val, T, segments, windows * T)
+    N, T = rows[0].tokens.shape
+    results = {x: objective_likelihood(run.model, rows, seed, pairs) for x, run in track(runs.items(), "score")}
+    entries, written = {}, {}
+    if segments == "window":  # other rows differ in length
+        entries["samplers"], written = compare_samplers(runs, rows, results, few, seed)
+        scale = T / float(rows[0].characters.double().mean())
+        entries["positions"] = {x: (scale * r.token_nats[:N, :T]).mean(0).tolist() for x, r in results.items()}
+        curves = {name: result.curve for name, result in results.items() if result.curve is not None}
+        entries["masking_curve"] = {name: (scale * curve[1:]).tolist() for name, curve in curves.items()}
+    if tokenizer.is_exact:  # subwords have no such map
+        entries["characters"] = tokenizer.characters
+        weights = {x: run.model.encoder.embedding.weight[-len(tokenizer.characters) :] for x, run in runs.items()}
+        entries["embeddings"] = {name: embedding_map(weight) for name, weight in weights.items()}
+    source, real = tokenizer.decode(train[:MOST_READ]), rows[0].tokens[evenly_spaced(N, count)]
+    return entries | {
+        "corpus": first.corpus | {"characters": corpus.characters},
+        "window": T,
+        "quick": quick,
+        "training": {x: {"checkpoint": str(run.path)} | run.training.get("config", {}) for x, run in runs.items()},
+        "history": {name: run.history for name, run in runs.items()},
+        "models": {name: figures(result, tokenizer.is_exact) for name, result in results.items()},
+        "written": {name: figures(result, tokenizer.is_exact) for name, result in written.items()},
+        "texts": compare_texts(runs, source, real, seed),
+        "texts_of_a_kind": len(real),
+    }

@@ -1,6 +1,5 @@
 """The loss of any text under each model, and the words that surprise it most: `evaluate.py --text FILE`."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -10,9 +9,8 @@ from checkpoint import Checkpoint
 from data import corpus_from_text
 from evaluation.metrics import WORD
 from evaluation.plots import NAMES
-from evaluation.suite import sampler_likelihood, samplers_of
+from evaluation.suite import objective_likelihood, rows_likelihood, samplers_of
 from likelihood import Likelihood
-from trainer import objective_of, scoring_batch_size
 from utils.console import printable
 from utils.files import FileText
 
@@ -28,16 +26,14 @@ def score_text(checkpoint: Checkpoint, text: str, seed: int = 0) -> tuple[Likeli
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if model.config.segments != "window":
         raise ValueError(f"{checkpoint.path}: a model of {model.config.segments} cannot score a running text")
-    corpus, parts = corpus_from_text("--text", text, lambda texts: tokenizer), []
-    batches = [rows.to(model.device) for rows in corpus.validation_rows(corpus.ids, model.config.block_size)]
-    for rows in batches:
-        config = next(iter(samplers_of(model, rows.tokens.shape[1]).values()))
-        parts.append(sampler_likelihood(model, rows.tokens, config, seed)[0].per(rows.characters))
-    nats = torch.cat([part.token_nats.flatten() for part in parts])
+    corpus = corpus_from_text("--text", text, lambda texts: tokenizer)
+    rows = corpus.validation_rows(corpus.ids, model.config.block_size)
+    sampler = next(iter(samplers_of(model, model.config.block_size).values()))
+    written, _ = rows_likelihood(model, rows, sampler, seed)
+    nats = written.token_nats.flatten()[: len(corpus.ids)]  # behind them, the last window is padded
     lengths = torch.from_numpy(tokenizer.characters_per_token[corpus.ids.numpy()])
     of_characters = (nats / lengths.clamp(min=1)).repeat_interleave(lengths)
-    bound = objective_of(model).likelihood(model, batches, batch_size=scoring_batch_size(model), seed=seed)
-    return Likelihood.join(parts), bound, of_characters.tolist()
+    return written, objective_likelihood(model, rows, seed), of_characters.tolist()
 
 
 def print_text(checkpoints: dict[str, Checkpoint], path: str, seed: int = 0) -> None:
@@ -54,11 +50,10 @@ def print_text(checkpoints: dict[str, Checkpoint], path: str, seed: int = 0) -> 
         kind = "exact" if checkpoint.tokenizer.is_exact else "upper bound: of one segmentation"
         beside = f"; {bound.nats_per_char:.4f} in random order (upper bound)" * bound.is_bound
         print(f"{NAMES[name]}: {written.nats_per_char:.4f} nats/char ({kind}){beside}")
-        words = sorted(WORD.finditer(text), key=lambda m: -sum(nats[m.start() : m.end()]))
-        marked = {m.start() for m in words[: max(1, round(MARKED * len(words)))]}
-        print("  ".join(f"{m[0]} {sum(nats[m.start() : m.end()]):.1f}" for m in words[:LISTED]), "(nats)\n")
-
-        def mark(word: re.Match, marked=marked) -> str:
-            return before + word[0] + after if word.start() in marked else word[0]
-
-        print(WORD.sub(mark, printable(text)).rstrip("\n") + "\n")
+        of_words = {m.span(): sum(nats[m.start() : m.end()]) for m in WORD.finditer(text)}
+        spans, shown = sorted(of_words, key=of_words.get, reverse=True), list(printable(text))
+        print("  ".join(f"{text[a:b]} {of_words[a, b]:.1f}" for a, b in spans[:LISTED]), "(nats)\n")
+        for a, b in spans[: max(1, round(MARKED * len(spans)))]:
+            shown[a] = before + shown[a]
+            shown[b - 1] += after
+        print("".join(shown).rstrip("\n") + "\n")
