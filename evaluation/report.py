@@ -1,22 +1,26 @@
 """The report: tables for the terminal and for report.md, from metrics.json alone."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.plots import NAMES, draw_pictures, kind
 from utils.console import printable, say
 from utils.files import atomic_write
 
+LIKELIHOOD_COLUMNS = "model", "nats/char", "95 % interval", "bits/char", "perplexity", "characters", "kind"
 LIKELIHOOD = """*Exact* is the negative log-likelihood itself. An *upper bound* lies above it, by an unknown distance:
 LLaDA's is for tokens revealed one by one in random order. By its sampler: at temperature 1, without correction."""
+SAMPLER_COLUMNS = "sampler", "NFE", "nats/char", "minus first", "95 % interval", "kind"
 SAMPLERS = """At temperature 1. NFE: network evaluations for a window. Differences to the first row are paired over the
 same windows. LLaDA's presets train it for the sweep: a model that was not would do better in other orders."""
+TEXT_COLUMNS = "text", "temperature", "real words", "variety", "longest copy", "NFE", "ms/text"
 TEXTS = """{} texts of each kind without a prompt, written as one batch; *default* is what generate.py does. Real words:
 share that occurs in the training text. Variety: distinct words over words. Read both together: a lower temperature buys
 the first with the second. Longest copy: characters in a row found in the training text."""
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
+def table(columns: Sequence[str], rows: list[Sequence[str]]) -> str:
     """An aligned Markdown table, as readable in a terminal."""
     rule = ["---"] + ["--:"] * (len(columns) - 1)
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (columns, rule, *rows)]
@@ -36,43 +40,37 @@ def interval(ci95: list[float] | None, digits: int = 4) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- the parts
-def likelihood(metrics: dict) -> str:
-    """The table of the likelihoods."""
-    entries, rows = {NAMES[name]: m for name, m in metrics["models"].items()}, []
-    entries |= {f"{NAMES[x]}, by its sampler": m for x, m in metrics["written"].items() if metrics["models"][x] != m}
-    for label, m in entries.items():
-        figures = fixed(m["nats_per_char"], 4), interval(m["ci95"]), fixed(m["bits_per_char"], 4)
-        rows.append([label, *figures, fixed(m["perplexity"], 3), f"{m['chars']:,}", kind(m)])
-    return table(["model", "nats/char", "95 % interval", "bits/char", "perplexity", "characters", "kind"], rows)
+def likelihood_cells(label: str, m: dict) -> list[str]:
+    """A likelihood of metrics.json as cells of LIKELIHOOD_COLUMNS."""
+    losses = fixed(m["nats_per_char"], 4), interval(m["ci95"]), fixed(m["bits_per_char"], 4), fixed(m["perplexity"], 3)
+    return [label, *losses, f"{m['chars']:,}", kind(m)]
 
 
-def samplers(metrics: dict) -> str:
-    """The table of the samplers."""
-    rows = []
-    for row in metrics["samplers"]:
-        gap, label = row["difference"], f"{NAMES[row['model']]}, {row['sampler']}"
-        cells = fixed(row["nfe"], 1), fixed(row["nats_per_char"], 3), f"{gap['nats_per_char']:+.3f}"
-        rows.append([label, *cells, interval(gap["ci95"], 3), kind(row)])
-    return table(["sampler", "NFE", "nats/char", "minus first", "95 % interval", "kind"], rows)
+def sampler_cells(row: dict) -> list[str]:
+    """A sampler of metrics.json as cells of SAMPLER_COLUMNS."""
+    gap, label = row["difference"], f"{NAMES[row['model']]}, {row['sampler']}"
+    losses = fixed(row["nats_per_char"], 3), f"{gap['nats_per_char']:+.3f}", interval(gap["ci95"], 3)
+    return [label, fixed(row["nfe"], 1), *losses, kind(row)]
 
 
-def texts(metrics: dict) -> str:
-    """The table of the texts."""
-    rows = []
-    for row in metrics["texts"]:
-        label = f"{NAMES[row['model']]}, {row['writer']}" if row["model"] else row["writer"]
-        words = fixed(row["real_words"], 3), fixed(row["variety"], 3), str(row["longest_copy"])
-        costs = fixed(row.get("nfe"), 0), fixed(row.get("milliseconds"), 0)
-        rows.append([label, fixed(row.get("temperature"), 1), *words, *costs])
-    return table(["text", "temperature", "real words", "variety", "longest copy", "NFE", "ms/text"], rows)
+def text_cells(row: dict) -> list[str]:
+    """The texts of one kind of metrics.json as cells of TEXT_COLUMNS."""
+    label = f"{NAMES[row['model']]}, {row['writer']}" if row["model"] else row["writer"]
+    columns = {"temperature": 1, "real_words": 3, "variety": 3, "longest_copy": 0, "nfe": 0, "milliseconds": 0}
+    return [label, *(fixed(row.get(name), digits) for name, digits in columns.items())]
 
 
 def sections(metrics: dict) -> dict[str, tuple[str, str]]:
     """Title -> table and what it says, as far as it was measured."""
-    found = {"Likelihood, on text that no model was trained on": (likelihood(metrics), LIKELIHOOD)}
+    rows = [likelihood_cells(NAMES[name], m) for name, m in metrics["models"].items()]
+    by_sampler = {name: m for name, m in metrics["written"].items() if metrics["models"][name] != m}
+    rows += [likelihood_cells(f"{NAMES[name]}, by its sampler", m) for name, m in by_sampler.items()]
+    found = {"Likelihood, on text that no model was trained on": (table(LIKELIHOOD_COLUMNS, rows), LIKELIHOOD)}
     if "samplers" in metrics:
-        found["Loss and network evaluations"] = samplers(metrics), SAMPLERS
-    return found | {"Texts": (texts(metrics), TEXTS.format(metrics["texts_of_a_kind"]))}
+        rows = [sampler_cells(row) for row in metrics["samplers"]]
+        found["Loss and network evaluations"] = table(SAMPLER_COLUMNS, rows), SAMPLERS
+    rows, caption = [text_cells(row) for row in metrics["texts"]], TEXTS.format(metrics["texts_of_a_kind"])
+    return found | {"Texts": (table(TEXT_COLUMNS, rows), caption)}
 
 
 # ------------------------------------------------------------------------------------------------- the whole

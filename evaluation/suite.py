@@ -164,7 +164,7 @@ def compare_samplers(
         reference = Likelihood.from_token_nats([first.token_nats[chosen]]).per(some.characters)
         for label, config in track(others, f"samplers of {name}"):
             compared.append((label, *rows_likelihood(run.model, [some], config, seed), reference))
-        if objectives[name].is_bound:
+        if name in objectives and objectives[name].is_bound:
             compared.append((f"random, {T} steps", objectives[name], T, first))
         for label, result, nfe, against in compared:
             gap, is_bound = paired_difference(result, against), result.is_bound or not run.tokenizer.is_exact

@@ -1,10 +1,11 @@
 """Benchmarks: `python -m extras.bench budget|sampling|decoding|gaps`, from the root of the repository.
 
 Times are compared in turns, A B A B ..., after one call of each that is not counted, so that a busy moment of the
-machine meets both. The machine's speed is printed before and after; a warning says if it changed.
+machine meets both. The machine's speed is printed before and after.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -24,15 +25,16 @@ from torch import Tensor
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, new_model, pretrained_checkpoints
 from config import DecodingConfig, ModelConfig, SamplingConfig
-from data import load_same_corpus
-from evaluation.report import interval, table
-from evaluation.suite import paired_difference, sampler_likelihood, samplers_of, select_checkpoints, write_texts
+from data import Rows, load_same_corpus
+from evaluation.plots import kind
+from evaluation.report import SAMPLER_COLUMNS, sampler_cells, table
+from evaluation.suite import compare_samplers, samplers_of, select_checkpoints, write_texts
 from generation.write import write
 from model import GPT, MODELS, Transformer
 from tokenizer import END_ID, MASK_ID, START_ID
-from utils.console import Parser, number, run_program, say
+from utils.console import Parser, run_program, say
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+TRAIN, BUDGETS = Path(__file__).resolve().parent.parent / "train.py", (40, 165, 900)  # in seconds
 CONTEXT, VOCABULARY = 256, 69  # the vocabulary is that of TinyShakespeare
 NETWORKS = ((4, 4, 128), (6, 6, 384))  # layers, heads, width
 HOLES, CANDIDATES = (1, 4, 16), 16
@@ -68,17 +70,16 @@ def percent(share: float, count: int) -> str:
     return f"{100 * share:.1f} ({low:.1f}..{high:.1f})"
 
 
-def held_out(args: argparse.Namespace, count: int) -> tuple[Checkpoint, Checkpoint, Tensor]:
-    """A LLaDA, a GPT, and `count` windows (N, T) of text that neither was trained on; quick: a tenth of them."""
-    checkpoints = select_checkpoints(args.checkpoints or pretrained_checkpoints(), "cpu")
-    if len(checkpoints) < len(MODELS):
+def held_out(args: argparse.Namespace, count: int) -> tuple[dict[str, Checkpoint], Rows]:
+    """A LLaDA and a GPT, and `count` windows of text that neither was trained on; quick: a tenth of them."""
+    runs = select_checkpoints(args.checkpoints or pretrained_checkpoints(), "cpu")
+    if len(runs) < len(MODELS):
         raise ValueError("two models are compared: name the checkpoints of a LLaDA and a GPT")
-    llada, gpt = checkpoints.values()
-    gpt.model.never[END_ID] = True  # as LLaDA here
-    T = min(CONTEXT, llada.model.config.block_size, gpt.model.config.block_size)
-    corpus = load_same_corpus(llada.corpus, "window", llada.tokenizer, args.data)
-    part, count = corpus.split(llada.corpus["val_fraction"])[1], count // 10 if args.quick else count
-    return llada, gpt, corpus.validation_rows(part, T, max_tokens=T * count)[0].tokens
+    runs["gpt"].model.never[END_ID] = True  # as LLaDA here
+    T, known = min(CONTEXT, *(run.model.config.block_size for run in runs.values())), runs["llada"].corpus
+    corpus = load_same_corpus(known, "window", runs["llada"].tokenizer, args.data)
+    part, count = corpus.split(known["val_fraction"])[1], count // 10 if args.quick else count
+    return runs, corpus.validation_rows(part, T, max_tokens=T * count)[0]
 
 
 # ------------------------------------------------------------------------------------------------- the benchmarks
@@ -86,10 +87,9 @@ def run_train(*flags: str) -> dict:
     """Run train.py to its end in a process of its own; its summary. Raises OSError with the last line of a failure."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.run([sys.executable, TRAIN, *flags, "--out", folder], capture_output=True, text=True)
-        found = list(Path(folder).glob("*/summary.json"))
-        if process.returncode or not found:
+        if process.returncode:
             raise OSError(f"train.py {' '.join(flags)}: {(process.stderr.strip().splitlines() or ['stopped'])[-1]}")
-        return json.loads(found[0].read_text())
+        return json.loads(next(Path(folder).glob("*/summary.json")).read_text())
 
 
 def budget(args: argparse.Namespace) -> Iterator[Row]:
@@ -97,63 +97,61 @@ def budget(args: argparse.Namespace) -> Iterator[Row]:
     on the last tenth of the text: median over seeds. The time is scaled by the speed of this machine. LLaDA trains its
     bound."""
     yield "seconds", "model", "nats/char", "kind", "all seeds", "tokens/s"
-    for seconds in args.seconds or (40.0, 165.0, 900.0)[: 1 if args.quick else None]:
-        for model in MODELS:
-            flags = [f"--model={model}", "--val-fraction=0.1", f"--minutes={seconds * 100 / gigaflops() / 60:.4f}"]
-            flags += ["--sweep-share=0"] * (model == "llada") + (["--data", *args.data] if args.data else [])
-            runs = [run_train(*flags, f"--seed={seed}") for seed in range(1 if args.quick or seconds > 300 else 3)]
-            losses, speeds = ([run[key] for run in runs] for key in ("nats_per_char", "tokens_per_second"))
-            kind, every = "upper bound" if runs[0]["is_bound"] else "exact", " ".join(f"{x:.4f}" for x in losses)
-            yield f"{seconds:g}", model, f"{median(losses):.4f}", kind, every, f"{median(speeds):,.0f}"
+    for seconds, model in itertools.product(BUDGETS[: 1 if args.quick else None], MODELS):
+        flags = [f"--model={model}", "--val-fraction=0.1", f"--minutes={seconds * 100 / gigaflops() / 60:.4f}"]
+        flags += ["--sweep-share=0"] * (model == "llada") + (["--data", *args.data] if args.data else [])
+        runs = [run_train(*flags, f"--seed={seed}") for seed in range(1 if args.quick or seconds > 300 else 3)]
+        losses, speeds = ([run[key] for run in runs] for key in ("nats_per_char", "tokens_per_second"))
+        every = " ".join(f"{loss:.4f}" for loss in losses)
+        yield f"{seconds:g}", model, f"{median(losses):.4f}", kind(runs[0]), every, f"{median(speeds):,.0f}"
 
 
 def sampling(args: argparse.Namespace) -> Iterator[Row]:
-    """Samplers at temperature 1 of a LLaDA and a GPT. nats/char of held-out windows with 95 % intervals, differences
+    """Samplers at temperature 1 of a LLaDA and a GPT. nats/char of held-out windows, differences to the first row are
     paired over the same windows. Exact: the likelihood of the sampler that is timed; random order has an upper bound
     only. NFE: network evaluations for a text. Speed: the time of the first row over that of this one, in turns."""
-    *checkpoints, windows = held_out(args, 64)
-    times = "ms, batch 1", "speed, batch 1", "ms, batch 16", "speed, batch 16"
-    yield "sampler", "NFE", "nats/char", "interval", "kind", "minus the first row", "interval", *times
-    T, first, reference = windows.shape[1], None, None
-    for model in (checkpoint.model for checkpoint in checkpoints):
-        for label, config in samplers_of(model, T, args.quick).items():
-            result, nfe = sampler_likelihood(model, windows, config)
-            first, reference = first or (model, config), reference or result
-            gap, kind = paired_difference(result, reference), "upper bound" if result.is_bound else "exact"
-            cells = [f"{nfe:.1f}", f"{result.nats_per_char:.3f}", interval(result.ci95, 3), kind]
-            cells += [f"{gap['nats_per_char']:+.3f}", interval(gap["ci95"], 3)]
-            for B in (1, 16):
-                a, b = (partial(write_texts, writer, B, T, settings) for writer, settings in (first, (model, config)))
-                seconds, ratio = in_turns(a, b, 1 if args.quick else 5)
-                cells += [f"{1000 * seconds:.0f}", ratio]
-            yield f"{model.name}, {label}", *cells
+    runs, rows = held_out(args, 64)
+    N, T = rows.tokens.shape
+    yield *SAMPLER_COLUMNS, "ms, batch 1", "speed, batch 1", "ms, batch 16", "speed, batch 16"
+    entries, _ = compare_samplers(runs, [rows], {}, few=N, seed=0)
+    writers = [(run.model, config) for run in runs.values() for config in samplers_of(run.model, T).values()]
+    for entry, writer in zip(entries, writers, strict=True):
+        cells = sampler_cells(entry)
+        for B in (1, 16):
+            first, this = (partial(write_texts, model, B, T, config) for model, config in (writers[0], writer))
+            seconds, ratio = in_turns(first, this, 1 if args.quick else 5)
+            cells += [f"{1000 * seconds:.0f}", ratio]
+        yield tuple(cells)
 
 
 def filled(model: Transformer, windows: Tensor, hole: slice, **settings) -> Tensor:
     """What a model writes into the hole of windows (N, T): (N, n). GPT sees nothing behind it."""
-    starts, is_gpt = windows.clone(), isinstance(model, GPT)
+    starts = windows.clone()
     starts[:, hole] = MASK_ID
-    config = DecodingConfig(**settings) if is_gpt else SamplingConfig(**settings)
-    *_, state = write(model, list(starts[:, : hole.stop if is_gpt else None]), config, torch.Generator().manual_seed(0))
+    if isinstance(model, GPT):
+        starts, config = starts[:, : hole.stop], DecodingConfig(**settings)
+    else:
+        config = SamplingConfig(**settings)
+    *_, state = write(model, list(starts), config, torch.Generator().manual_seed(0))
     return torch.stack(state.texts)[:, hole]
 
 
 def decoding(args: argparse.Namespace) -> Iterator[Row]:
-    """GPT with random weights writes the last 200 characters of a window of 256: recomputed, cached, compiled. A / B:
-    median times, and in brackets the smallest and the largest ratio of one turn."""
-    yield "network", "A", "B", "time A / B", "characters/s of B"
+    """GPT with random weights writes the last 200 characters of a window of 256. Speed: the time of writing that
+    computes the whole text for every character over the time of the row, median, in brackets the smallest and the
+    largest ratio of one turn."""
+    yield "network", "decoder", "speed", "characters/s"
     text, end = torch.randint(END_ID + 1, VOCABULARY, (1, CONTEXT)), slice(56, CONTEXT)
     for n_layer, n_head, n_embd in NETWORKS:
         config = ModelConfig(VOCABULARY, CONTEXT, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         model, compiled = (new_model("gpt", config).eval() for _ in range(2))
-        for gpt in (model, compiled):
-            gpt.never[END_ID] = True
+        model.never[END_ID] = compiled.never[END_ID] = True
         torch.compiler.reset()  # what was compiled for another network would be made general, and slower
         compiled.compile()
         recomputed = partial(filled, model, text, end, use_cache=False)
         for label, gpt in (("cached", model), ("cached, compiled", compiled)):
             seconds, ratio = in_turns(recomputed, partial(filled, gpt, text, end), 3 if args.quick else 9)
-            yield f"{n_layer} layers x {n_embd}", "recomputed", label, ratio, f"{(CONTEXT - end.start) / seconds:.0f}"
+            yield f"{n_layer} layers x {n_embd}", label, ratio, f"{(CONTEXT - end.start) / seconds:.0f}"
 
 
 def best_of_drawn(gpt: GPT, windows: Tensor, hole: slice) -> Tensor:
@@ -168,16 +166,16 @@ def best_of_drawn(gpt: GPT, windows: Tensor, hole: slice) -> Tensor:
 
 def gaps(args: argparse.Namespace) -> Iterator[Row]:
     """Holes in the middle of unseen windows of 256 characters. LLaDA: the likeliest characters, one at each network
-    evaluation, from left to right (as its default sweep does up to 16). GPT, left side: the likeliest characters; it
-    sees nothing that follows. GPT, best of 16: drawn at temperature 0.8, kept is the one for which the exact likelihood
-    of it and the right side is largest. In %, with 95 % intervals over windows (Wilson; of characters, conservative).
-    Time of a hole: in batches of 16 texts, not in turns."""
-    llada, gpt, windows = held_out(args, 200)
-    (N, T), decode = windows.shape, llada.tokenizer.decode
+    evaluation, from left to right. GPT, left side: the likeliest characters; it sees nothing that follows. GPT, best of
+    16: drawn at temperature 0.8, kept is the one for which the exact likelihood of it and the right side is largest. In
+    %, with 95 % intervals over windows (Wilson; of characters, conservative). Time of a hole: in batches of 16 texts,
+    not in turns."""
+    runs, (windows, *_) = held_out(args, 200)
+    (N, T), gpt, decode = windows.shape, runs["gpt"].model, runs["gpt"].tokenizer.decode
     writers = {
-        "LLaDA": partial(filled, llada.model, temperature=0.0, order="left", correct=0),
-        "GPT, left side": partial(filled, gpt.model, temperature=0.0),
-        f"GPT, best of {CANDIDATES}": partial(best_of_drawn, gpt.model),
+        "LLaDA": partial(filled, runs["llada"].model, temperature=0.0, order="left", correct=0),
+        "GPT, left side": partial(filled, gpt, temperature=0.0),
+        f"GPT, best of {CANDIDATES}": partial(best_of_drawn, gpt),
     }
     yield "hole", "writer", "all right", "characters right", "ms a hole", "the first of them"
     for n in HOLES:
@@ -202,21 +200,21 @@ def parse_args() -> argparse.Namespace:
     subparsers = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, benchmark in BENCHMARKS.items():
         caption = " ".join(benchmark.__doc__.split())
-        add = subparsers.add_parser(name, help=caption.split(". ")[0], description=caption).add_argument
-        add("--quick", action="store_true", help="fewer repetitions")
+        subparser = subparsers.add_parser(name, help=caption.split(". ")[0], description=caption)
+        subparser.set_defaults(rows_of=benchmark, caption=caption)
+        subparser.add_argument("--quick", action="store_true", help="fewer repetitions")
         if name != "decoding":
-            add("--data", nargs="+", metavar="NAME|FILE", help="as for train.py")
-        if name == "budget":
-            add("--seconds", type=number(float, low=1, high=10**6), nargs="+", help="default: 40 165 900, quick: 40")
+            subparser.add_argument("--data", nargs="+", metavar="NAME|FILE", help="as for train.py")
         if name in ("sampling", "gaps"):
-            add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="default: the pretrained LLaDA and GPT")
+            named = {"metavar": "CHECKPOINT", "help": "default: the pretrained LLaDA and GPT"}
+            subparser.add_argument("checkpoints", nargs="*", type=Path, **named)
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure; print the table (after Ctrl-C, of the rows measured so far), its caption and the machine."""
-    args, measured = parse_args(), []
-    before, rows = gigaflops(), BENCHMARKS[args.name](args)
+    args, before, measured = parse_args(), gigaflops(), []
+    rows = args.rows_of(args)
     heading = next(rows)
     try:
         for row in rows:
@@ -224,12 +222,9 @@ def main() -> None:
             measured.append(row)
     finally:
         print(table(heading, measured))
-    after = gigaflops()
-    print(textwrap.fill(" ".join(BENCHMARKS[args.name].__doc__.split()), 120))
+    print(textwrap.fill(args.caption, 120))
     print(f"machine: {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{before:.0f} GFLOP/s before and {after:.0f} after (float32 linear layer)")  # fmt: skip
-    if max(before, after) > 1.2 * min(before, after):
-        say("warning: the machine's speed changed by more than 20 %: repeat this on a quiet machine")
+          f"{before:.0f} GFLOP/s before and {gigaflops():.0f} after (float32 linear layer)")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ NUMBERS = [  # program, flags, and values that each of them must refuse besides 
     ("generate", "--repetition-penalty", "0 -1"),
     ("generate", "--length-penalty", "-11 11"),
     ("generate --watch", "--pause", f"-1 61 {HUGE}"),
-    ("bench budget", "--seconds", f"0 -1 {HUGE}"),
     ("bench sampling", "--windows", "0 -1 1.5"),
 ]
 SIZES = [  # flags that are numbers, but impossible ones; what the line must say
