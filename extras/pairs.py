@@ -7,8 +7,8 @@ defaults); the mean F-measure of ROUGE-L (rouge-score). Both libraries are optio
 """
 
 import hashlib
-import importlib.util
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,17 +18,16 @@ import torch
 from checkpoint import Checkpoint
 from data import LOADERS, Corpus, MakeTokenizer, RowDataset, lasting_path, training_length
 from evaluation.report import fixed, interval, kind, table
-from evaluation.suite import figures
+from evaluation.suite import figures, objective_likelihood
 from generation.text import GeneratorTransformer
 from tokenizer import END_ID, START_ID, SimpleTokenizer
-from trainer import objective_of, scoring_batch_size
+from trainer import scoring_batch_size
 from utils.console import say, track
 from utils.errors import ArgumentError
 from utils.files import FileText
 
-LIBRARIES = {"sacrebleu": "sacrebleu==2.6.0", "rouge_score": "rouge-score==0.1.2"}  # module -> what pip installs
 GREEDY = {"order": "confidence", "threshold": 0.9}  # LLaDA: a token at a step, or all that are as good as sure
-METRICS = {"exact": "exact", "chrf": "chrF", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
+METRICS = "exact", "chrF", "BLEU", "ROUGE-L"
 
 
 # ------------------------------------------------------------------------------------------------- the corpus
@@ -81,11 +80,12 @@ def load_pairs(path: str, make_tokenizer: MakeTokenizer | None = None) -> PairCo
             continue
         try:
             entry = json.loads(line)
-            pairs.append(Pair(entry["prompt"], entry["completion"]))
+            pair = Pair(entry["prompt"], entry["completion"])
+            if not all(isinstance(part, str) for part in pair):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
-            pairs.append(Pair(None, None))
-        if not all(isinstance(part, str) for part in pairs[-1]):
-            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}')
+            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}') from None
+        pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path}: holds no pairs")
     texts = [part for pair in pairs for part in pair]
@@ -103,17 +103,17 @@ def text_metrics(texts: list[str], references: list[str]) -> dict[str, float | N
     """METRICS in %; None where a library is missing."""
     right = sum(text == reference for text, reference in zip(texts, references, strict=True))
     metrics = dict.fromkeys(METRICS) | {"exact": 100 * right / len(texts)}
-    if importlib.util.find_spec("sacrebleu"):
+    with suppress(ImportError):
         import sacrebleu
 
-        metrics["chrf"] = sacrebleu.corpus_chrf(texts, [references]).score
-        metrics["bleu"] = sacrebleu.corpus_bleu(texts, [references]).score
-    if importlib.util.find_spec("rouge_score"):
+        metrics["chrF"] = sacrebleu.corpus_chrf(texts, [references]).score
+        metrics["BLEU"] = sacrebleu.corpus_bleu(texts, [references]).score
+    with suppress(ImportError):
         from rouge_score.rouge_scorer import RougeScorer
 
         score = RougeScorer(["rougeL"]).score
         found = [score(a, b)["rougeL"].fmeasure for a, b in zip(references, texts, strict=True)]
-        metrics["rouge_l"] = 100 * sum(found) / len(found)
+        metrics["ROUGE-L"] = 100 * sum(found) / len(found)
     return metrics
 
 
@@ -139,8 +139,7 @@ def score_pairs(checkpoints: dict[str, Checkpoint], path: str, quick: bool = Fal
             prompts = [pair.prompt for pair in corpus.pairs[start : start + size]]
             pieces = writer.stream(prompts, settings, max_out_tokens=model.config.block_size, seed=seed)
             texts += map("".join, zip(*pieces, strict=True))
-        scoring = {"pairs": 2 if quick else 8, "batch_size": size, "seed": seed}
-        result = objective_of(model).likelihood(model, [rows.to(model.device)], **scoring)
+        result = objective_likelihood(model, [rows], seed, pairs=2 if quick else 8)
         metrics = text_metrics(texts, [pair.completion for pair in corpus.pairs])
         results[name] = metrics | figures(result, tokenizer.is_exact) | {"texts": texts}
     return results
@@ -150,9 +149,9 @@ def print_scores(results: dict[str, dict]) -> None:
     """A table on standard output; on standard error what its columns miss."""
     rows = []
     for name, m in results.items():
-        cells = fixed(m["nats_per_char"], 4), interval(m["ci95"]), kind(m)
-        rows.append([name, str(len(m["texts"])), *(fixed(m[metric], 1) for metric in METRICS), *cells])
-    print(table(["model", "pairs", *METRICS.values(), "nats/char", "95 % interval", "kind"], rows))
+        losses = fixed(m["nats_per_char"], 4), interval(m["ci95"]), kind(m)
+        rows.append([name, str(len(m["texts"])), *(fixed(m[metric], 1) for metric in METRICS), *losses])
+    print(table(["model", "pairs", *METRICS, "nats/char", "95 % interval", "kind"], rows))
     say("metrics in %, of the likeliest answers; BLEU and ROUGE-L count words: BLEU is 0 where no four agree in a row")
-    if missing := [wanted for module, wanted in LIBRARIES.items() if not importlib.util.find_spec(module)]:
-        say(f"for the columns with -: pip install {' '.join(missing)}")
+    if any(m[metric] is None for m in results.values() for metric in METRICS):
+        say("for the columns with -: pip install sacrebleu==2.6.0 rouge-score==0.1.2")

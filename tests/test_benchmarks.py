@@ -1,6 +1,5 @@
 """The benchmarks' arithmetic, turns, tables and command line. No test depends on how fast anything is."""
 
-import ast
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
@@ -93,10 +92,9 @@ def test_holes_are_filled_by_each_model(trained, monkeypatch):
     """What is kept of GPT's candidates is the likeliest with the right side; the given text never changes."""
     paths = [trained / name for name in MODELS]
     rows = rows_of(bench.gaps, checkpoints=paths)
-    writers = ["the text", "LLaDA", "GPT, left side", "GPT, best of 16"]
+    writers = ["LLaDA", "GPT, left side", "GPT, best of 16"]
     assert [(row["hole"], row["writer"]) for row in rows] == [(n, name) for n in ("1", "4", "16") for name in writers]
     for row in rows:
-        assert len(ast.literal_eval(row["the first of them"])) == int(row["hole"])
         assert row["all right"] == row["characters right"] or row["hole"] != "1"
     runs, (windows, *_) = bench.held_out(Namespace(data=None, quick=False, checkpoints=paths), 2)
     gpt, hole = runs["gpt"].model, slice(6, 7)
