@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import random_model
 
 import evaluate
 from autoregressive import exact_nll
 from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from config import ModelConfig, SamplingConfig, TrainConfig
+from config import SamplingConfig, TrainConfig
 from data import load_corpus
 from evaluation import suite, texts
 from evaluation.plots import PICTURES
@@ -43,9 +44,8 @@ def runs(tmp_path_factory) -> Path:
     text = "".join(f"SPEAKER {i}:\n{LINES[i % 3]}\n\n" for i in range(100))
     (folder / "text.txt").write_text(text[: len(text) // (5 * T) * 5 * T - 5])
     corpus = load_corpus(str(folder / "text.txt"))
+    sizes = {"vocab_size": corpus.tokenizer.vocab_size, "block_size": T, "n_layer": 1}
     for seed, name in enumerate(MODELS):
-        torch.manual_seed(seed)
-        config = ModelConfig(corpus.tokenizer.vocab_size, T, n_embd=16, n_head=2, n_layer=1, ngram_rows=101)
         history = [
             {"step": s, "tokens": 100 * s, "seconds": 1.0 * s, "train_loss": 4 / s, "val_loss": 4 / s + 0.1, "lr": 0.1}
             for s in range(1, 8)
@@ -53,9 +53,7 @@ def runs(tmp_path_factory) -> Path:
         history[-1] |= {"temperature": 1.25, "calibrated_val_loss": 0.5}
         training = {"config": TrainConfig(model=name, steps=7, lr=0.0123).to_dict()}
         known = {"name": corpus.name, "sha256": corpus.sha256, "val_fraction": 0.2}
-        model = MODELS[name](config)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.3)  # new models are uniform predictors
+        model = random_model(name, seed=seed, std=0.3, **sizes)
         checkpoint = Checkpoint(model, corpus.tokenizer, known, 7, history, training)
         save_checkpoint(folder / "out" / name / "best.pt", checkpoint)
     return folder
