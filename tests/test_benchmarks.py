@@ -90,6 +90,7 @@ def test_holes_are_filled_by_each_model(trained, monkeypatch):
         assert row["all right"] == row["characters right"] or row["hole"] != "1"
     runs, (windows, *_) = bench.held_out(Namespace(data=None, quick=False, checkpoints=paths), 2)
     gpt, hole = runs["gpt"].model, slice(6, 7)
+    assert gpt.never[END_ID]
     monkeypatch.setattr(bench, "filled", lambda gpt, rows, hole, **settings: torch.arange(4, 20)[:, None])
     texts = windows.repeat_interleave(16, 0)  # all that could have been drawn
     texts[:, hole] = torch.arange(4, 20).repeat(2)[:, None]

@@ -196,6 +196,10 @@ def test_a_text_is_scored_and_printed_with_its_most_surprising_words(runs, monke
         assert len(nats) == len(LINES[0]) == int(written.characters.sum())
         assert bound.is_bound == (name == "llada")
         if name == "gpt":
+            ids = torch.from_numpy(checkpoint.tokenizer.encode(LINES[0])).long()
+            windows = [ids[:32].view(2, T), ids[None, 32:]]
+            expected = torch.cat([exact_nll(checkpoint.model, x, START_ID).flatten() for x in windows])
+            assert nats == pytest.approx(expected.tolist(), rel=1e-5)
             assert bound.nats_per_char == pytest.approx(written.nats_per_char, rel=1e-5)
     (runs / "some.txt").write_bytes(b"\xef\xbb\xbfto be, or not\r\nto sleep; a die\r\n")
     monkeypatch.setattr(texts, "MARKED", 0.99)  # all eight words
