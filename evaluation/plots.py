@@ -99,11 +99,11 @@ def embeddings(figure, metrics: dict):
     figure.set_size_inches(5 * len(maps), 5.2)
     for axes, (name, found) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         for group, colour in GROUPS.items():
-            mine = [(char, xy) for char, xy in zip(characters, found["xy"], strict=True) if group_of(char) == group]
-            axes.plot([x for _, (x, _) in mine], [y for _, (_, y) in mine], "o", color=colour, alpha=0.2, label=group)
-            for char, xy in mine:
-                shown = VISIBLE.get(char) or (char if char.isprintable() else ascii(char)[1:-1])
-                axes.annotate(shown, xy, color=colour, ha="center", va="center", fontsize=9)
+            axes.plot([], [], "o", color=colour, label=group)
+        for char, xy in zip(characters, found["xy"], strict=True):
+            shown = VISIBLE.get(char) or (char if char.isprintable() else ascii(char)[1:-1])
+            axes.plot(*xy, "o", color=GROUPS[group_of(char)], alpha=0.2)
+            axes.annotate(shown, xy, color=GROUPS[group_of(char)], ha="center", va="center", fontsize=9)
         first, second = (f"component, {100 * share:.0f} % of the variance" for share in found["shares"])
         axes.set(title=NAMES[name], xlabel=f"first {first}", ylabel=f"second {second}")
     return axes

@@ -145,14 +145,7 @@ def test_a_budget_is_scaled_by_the_machine_and_its_losses_are_medians(tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------------- command line
-@pytest.mark.parametrize(
-    ("arguments", "status", "words"),
-    [
-        (["--help"], 0, ("budget", "sampling", "decoding", "gaps")),
-        (["sampling", "--help"], 0, ("upper bound",)),
-        (["speed"], 2, ("'speed' is not one of",)),
-    ],
-)
-def test_the_command_line(run_script, arguments, status, words):
-    printed = "".join(run_script("extras/bench.py", *arguments, check=status))
-    assert all(word in printed for word in words)
+def test_the_help_names_every_benchmark_and_says_what_each_measures(run_script):
+    output, _ = run_script("extras/bench.py", "--help")
+    assert all(name in output for name in bench.BENCHMARKS)
+    assert "upper bound" in run_script("extras/bench.py", "sampling", "--help")[0]
