@@ -453,7 +453,7 @@ const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 const PACE = 360; // milliseconds a step, that the eye can follow
 const HELP = {
-  sweep: "Every 16th mask at once (with 16 steps), then the ones beside them: far apart, so that they hardly depend on each other.",
+  sweep: "Every 32nd mask at once (with 32 steps), then the ones beside them: far apart, so that they hardly depend on each other.",
   confidence: "Where the model is surest comes first.",
   drawn_confidence: "A character is drawn everywhere; the likeliest of these are kept (LLaDA's published rule).",
   left: "From left to right, several at once.",

@@ -8,10 +8,11 @@ import pytest
 import torch
 from toy import MASK, T, TablePredictor, V, all_masks, all_strings, cross_entropies, nats_in_order, seeded, subset_bound
 
-from config import SWEEP_STEPS, SamplingConfig
+from config import SamplingConfig
 from data import Rows
 from diffusion import (
     MIN_T,
+    TRAINED_STEPS,
     DiffusionObjective,
     compute_llada_loss,
     density_of_t,
@@ -171,7 +172,7 @@ def test_the_loss_of_sweeps_without_decay_is_the_exact_likelihood_of_the_sampler
 
 def test_sweeps_look_as_the_default_sampler_meets_a_text(monkeypatch):
     may_mask = torch.arange(100) >= 7
-    masks, _ = sweeps_from(0, may_mask, SWEEP_STEPS, 0.7, monkeypatch)
+    masks, _ = sweeps_from(0, may_mask, TRAINED_STEPS, 0.7, monkeypatch)
     tokens = torch.where(may_mask, MASK, 0)[None]
     steps = reverse_process(lambda tokens: torch.zeros(*tokens.shape, V), tokens, MASK, SamplingConfig(correct=0))
     assert torch.equal(masks, torch.cat([step.masked for step in steps]))

@@ -1,4 +1,4 @@
-"""The models in pretrained/: their size, their equal networks, their losses on an excerpt of the validation part."""
+"""The models in pretrained/: their size, their text, their losses on an excerpt of the validation part."""
 
 from pathlib import Path
 
@@ -28,11 +28,9 @@ def windows(checkpoint: Checkpoint) -> torch.Tensor:
     return torch.from_numpy(checkpoint.tokenizer.encode(EXCERPT)).long().view(-1, checkpoint.model.config.block_size)
 
 
-def test_they_are_small_equal_and_of_the_same_text(models):
+def test_they_are_small_and_of_the_same_text(models):
     llada, gpt = models["llada"], models["gpt"]
     assert max(path.stat().st_size for path in PATHS.values()) <= 12_000_000
-    # The layers are equal; LLaDA's n-gram tables have more rows, which are looked up, and a small map.
-    assert llada.model.flops_per_token(256) == pytest.approx(gpt.model.flops_per_token(256), rel=0.01)
     assert llada.corpus == gpt.corpus
     assert llada.corpus["name"] == "tinyshakespeare"
     assert llada.training == gpt.training == {}
@@ -44,8 +42,8 @@ def test_their_losses_on_the_excerpt(models):
     assert exact_nll(gpt.model, windows(gpt), START_ID).mean().item() == pytest.approx(1.6817, abs=2e-3)
     predict, policy = mask_predictor(llada.model), policy_of(SamplingConfig(correct=0))
     result, nfe = policy_likelihood(predict, windows(llada), policy, MASK_ID)
-    assert result.nats_per_char == pytest.approx(1.8362, abs=2e-3)
-    assert set(nfe.tolist()) == {16}
+    assert result.nats_per_char == pytest.approx(1.9203, abs=2e-3)
+    assert set(nfe.tolist()) == {32}
 
 
 @pytest.mark.parametrize("name", PATHS)
