@@ -110,26 +110,12 @@ class CausalObjective:
 
         `pairs` and `seed` belong to the diffusion bound; they are not used. Raises ValueError if there is no text.
         """
-        batches = [rows for rows in batches if rows.tokens.numel()]
-        if not batches:
-            raise ValueError("there is no text to score")
         scores = [exact_nll(predict, rows.tokens, START_ID, batch_size) for rows in batches]
         nats = [nll.masked_fill(~rows.counted, 0.0).cpu() for nll, rows in zip(scores, batches, strict=True)]
         return Likelihood.from_token_nats(nats).per(torch.cat([rows.characters for rows in batches]))
 
 
 # ------------------------------------------------------------------------------------------------- sliding context
-def window_start(length: int, context_len: int, slide: int) -> int:
-    """Where the window over a text of `length` tokens begins: 0 while it fits, then the next multiple of `slide`.
-
-    >>> [window_start(length, context_len=4, slide=1) for length in (3, 4, 5, 6)]
-    [0, 0, 1, 2]
-    >>> [window_start(length, context_len=4, slide=3) for length in (4, 5, 6, 7, 8)]
-    [0, 3, 3, 3, 6]
-    """
-    return max(0, -(-(length - context_len) // slide) * slide)
-
-
 class SlidingContext:
     """B growing texts of one length, each read through a window of its last `context_len` tokens.
 
@@ -141,31 +127,22 @@ class SlidingContext:
     prompts that are empty or hold unknown ids.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        prompts: Tensor,
-        max_out_tokens: int,
-        context_len: int | None = None,
-        slide: int | None = None,
-        use_cache: bool = True,
-    ):
-        """prompts: (B, T) ids. max_out_tokens: how many `append`s to expect. slide: None is half of the context."""
-        config = model.config
-        self.context_len = config.block_size if context_len is None else context_len
-        if not 1 <= self.context_len <= config.block_size:
-            raise ArgumentError("context_len", f"must be in 1..{config.block_size} (block_size), got {context_len}")
-        self.slide = max(1, self.context_len // 2) if slide is None else slide
+    def __init__(self, model: GPT, prompts: Tensor, max_out_tokens: int, config: DecodingConfig | BeamConfig):
+        """prompts: (B, T) ids. max_out_tokens: how many `append`s to expect. No config.slide: half of the context."""
+        block_size, vocab_size = model.config.block_size, model.config.vocab_size
+        self.context_len = block_size if config.context_len is None else config.context_len
+        if not 1 <= self.context_len <= block_size:
+            raise ArgumentError("context_len", f"must be in 1..{block_size} (block_size), got {self.context_len}")
+        self.slide = max(1, self.context_len // 2) if config.slide is None else config.slide
         if not 1 <= self.slide <= self.context_len:
-            raise ArgumentError("slide", f"must be in 1..{self.context_len} (context_len), got {slide}")
+            raise ArgumentError("slide", f"must be in 1..{self.context_len} (context_len), got {self.slide}")
         if not prompts.numel():
             raise ValueError("a prompt needs at least one id: begin a text with [START]")
-        if not 0 <= prompts.min() <= prompts.max() < config.vocab_size:
-            raise ValueError(f"the ids of a prompt must be in 0..{config.vocab_size - 1}")
-        self.model, (B, self.end) = model, prompts.shape
+        if not 0 <= prompts.min() <= prompts.max() < vocab_size:
+            raise ValueError(f"the ids of a prompt must be in 0..{vocab_size - 1}")
+        self.model, self.end = model, prompts.shape[1]
         self.tokens = F.pad(prompts.to(model.device), (0, max_out_tokens), value=PAD_ID)  # (B, end + max_out_tokens)
-        self.start = 0  # first column of the window, as the cache knows it
-        self.cache = model.new_cache(B, self.context_len) if use_cache else None
+        self.start, self.cache = -1, None  # first column of the window, as the cache knows it: there is none yet
 
     @property
     def texts(self) -> Tensor:
@@ -174,12 +151,11 @@ class SlidingContext:
 
     def next_logits(self) -> Tensor:
         """(B, V): logits of each text's next token."""
-        start = window_start(self.end, self.context_len, self.slide)
+        # Where the window begins: 0 while the text fits, then the next multiple of slide.
+        start = max(0, -(-(self.end - self.context_len) // self.slide) * self.slide)
         if start != self.start:
-            self.start = start
-            if self.cache is not None:
-                self.cache.clear()
-        known = start + (self.cache.length if self.cache is not None else 0)
+            self.start, self.cache = start, self.model.new_cache(len(self.tokens), self.context_len)
+        known = start + (0 if self.cache is None else self.cache.length)
         return self.model(self.tokens[:, known : self.end], cache=self.cache)[:, -1]
 
     def append(self, tokens: Tensor) -> None:
@@ -214,7 +190,7 @@ def decode(
     """
     config = replace(config or DecodingConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
-    context = SlidingContext(model, prompts, max_out_tokens, config.context_len, config.slide, config.use_cache)
+    context = SlidingContext(model, prompts, max_out_tokens, config)
     generators = row_generators(generator, prompts)
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
     for _ in range(max_out_tokens):
@@ -241,7 +217,7 @@ def beam_search(
     """
     config = replace(config or BeamConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
-    context = SlidingContext(model, prompt[None], max_out_tokens, config.context_len, config.slide)
+    context = SlidingContext(model, prompt[None], max_out_tokens, config)
     scores = torch.zeros(1, device=context.tokens.device)  # (beams,) log-probabilities: one beam until the first step
     finished: list[tuple[float, Tensor]] = [] if max_out_tokens else [(0.0, context.tokens[0])]
     for n in range(1, max_out_tokens + 1):
@@ -261,23 +237,11 @@ def beam_search(
         if not len(running):
             break
         scores = best[running]
-        if search_is_over(config, [score for score, _ in finished], scores[0].item(), n, max_out_tokens):
-            break
+        if len(finished) == config.num_beams:  # can no running beam improve them any more?
+            at_full_length = config.early_stopping == "never" and config.length_penalty > 0
+            bound = scores[0].item() / (max_out_tokens if at_full_length else n) ** config.length_penalty
+            if config.early_stopping == "yes" or bound <= finished[-1][0]:
+                break
         context.select(beams[running])
         context.append(tokens[running])
     return [(ids, score) for score, ids in finished[: config.num_return]]
-
-
-def search_is_over(config: BeamConfig, finished: list[float], best_running: float, length: int, limit: int) -> bool:
-    """Whether no running beam can improve the finished texts any more, by the rule of config.early_stopping.
-
-    finished: scores of the finished texts, best first. best_running: the largest log-probability of a running beam,
-    which has `length` written tokens of `limit`.
-    """
-    if len(finished) < config.num_beams:
-        return False
-    if config.early_stopping == "yes":
-        return True
-    if config.early_stopping == "never" and config.length_penalty > 0:
-        length = limit
-    return best_running / length**config.length_penalty <= finished[-1]

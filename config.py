@@ -333,12 +333,11 @@ class DecodingConfig(LogitsConfig):
     """How GPT writes.
 
     slide: beyond the context the window moves on by so many tokens at a time: 1 always shows the last context_len
-    tokens, larger values are faster. use_cache: keep keys and values; the text is the same without.
+    tokens, larger values are faster.
     """
 
     context_len: int | None = setting(None, "tokens that GPT sees (default: all)", only=GPT | READS, low=1)
     slide: int | None = setting(low=1)  # the flag is SamplingConfig's; None: half of the context
-    use_cache: bool = setting(True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data import Rows
 from likelihood import Likelihood, Predict, conditional_bound, likelihood_bound
-from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID
+from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID, SimpleTokenizer
 
 MIN_T = 1e-3  # t is drawn from [MIN_T, 1], so that 1/t stays finite
 TRAINED_STEPS = 16  # of the sweep in training. Texts are written better by longer ones, which need no other training
@@ -50,13 +50,11 @@ def forward_process(
     Returns (masked_sequences, mask), both (B, T); mask is true where a token was masked (LLaDA, eq. 7).
     Raises ValueError if t is outside [0, 1].
     """
-    t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device)
-    if t.dim() > 1 or (t.dim() == 1 and len(t) != len(sequences)):
-        raise ValueError(f"t must be a number or of shape ({len(sequences)},), got {tuple(t.shape)}")
+    t = torch.as_tensor(t, dtype=torch.float32, device=sequences.device).view(-1, 1)
     if not ((t >= 0) & (t <= 1)).all():
         raise ValueError("t is a probability: it must be in [0, 1]")
     draws = torch.rand(sequences.shape, generator=generator, device=sequences.device)  # in [0, 1): t = 1 masks all
-    mask = draws < (t[:, None] if t.dim() else t)
+    mask = draws < t
     return sequences.masked_fill(mask, mask_token_id), mask
 
 
@@ -192,27 +190,22 @@ class DiffusionObjective:
         Of segments and pairs it is that of the text in a context of this size, its [END]s included. Pairs: given their
         prompts, see `conditional_bound`. Raises ValueError if there is no text.
         """
-        batches = [rows for rows in batches if rows.tokens.numel()]
-        if not batches:
-            raise ValueError("there is no text to score")
         settings = {"pairs": pairs, "batch_size": batch_size, "generator": torch.Generator().manual_seed(seed)}
-        windows, may_mask = zip(*map(full_context, batches), strict=True)
-        scored = predict
-        if batches[0].given is not None:  # [START] is seen, not scored
-            windows, may_mask = ([x[:, 1:] for x in part] for part in (windows, may_mask))
-            scored = lambda tokens: predict(F.pad(tokens, (1, 0), value=START_ID))[:, 1:]  # noqa: E731
-        if all(mask.all() for mask in may_mask):
-            result = likelihood_bound(scored, windows, MASK_ID, **settings)
-        else:  # prompts are given
-            parts = zip(windows, may_mask, strict=True)
-            result = Likelihood.join([conditional_bound(scored, *part, MASK_ID, **settings) for part in parts])
-        return result.per(torch.cat([rows.characters for rows in batches]))
+        parts = []
+        for rows in batches:
+            (windows, may_mask), scored = full_context(rows), predict
+            if rows.given is not None:  # [START] is seen, not scored
+                windows, may_mask = windows[:, 1:], may_mask[:, 1:]
+                scored = lambda tokens: predict(F.pad(tokens, (1, 0), value=START_ID))[:, 1:]  # noqa: E731
+            if may_mask.all():
+                parts.append(likelihood_bound(scored, windows, MASK_ID, **settings))
+            else:  # prompts are given
+                parts.append(conditional_bound(scored, windows, may_mask, MASK_ID, **settings))
+        return Likelihood.join(parts).per(torch.cat([rows.characters for rows in batches]))
 
 
 def main() -> None:
     """Show one line masked at three levels."""
-    from tokenizer import SimpleTokenizer
-
     line = "The course of true love never did run smooth."
     tokenizer = SimpleTokenizer(line)
     sequences = torch.from_numpy(tokenizer.encode(line)).long()[None]

@@ -32,8 +32,8 @@ class KeyValueCache:
 
     def __init__(self, batch_size: int, n_layer: int, n_head: int, head_dim: int, max_len: int, device="cpu"):
         shape = batch_size, n_head, max_len, head_dim
-        self.keys = [torch.zeros(shape, device=device) for _ in range(n_layer)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.keys = [torch.empty(shape, device=device) for _ in range(n_layer)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
         self.inputs = torch.zeros(n_layer, batch_size, TAPS - 1, n_head * head_dim, device=device)
         self.tokens = torch.zeros(batch_size, REACH, device=device, dtype=torch.long)
         self.length = 0
@@ -50,12 +50,6 @@ class KeyValueCache:
         """Row b becomes a copy of row rows[b] (beam search); the number of rows may change."""
         self.keys, self.values = ([x[rows] for x in stored] for stored in (self.keys, self.values))
         self.inputs, self.tokens = self.inputs[:, rows], self.tokens[rows]
-
-    def clear(self) -> None:
-        """Empty the cache: the next tokens are the first."""
-        self.length = 0
-        self.inputs.zero_()
-        self.tokens.zero_()
 
 
 @dataclass

@@ -14,7 +14,7 @@ Letters: B batch, N windows, K masks a window, T positions, V vocabulary, m mask
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Predict = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V)
-Policy = Callable[[Tensor, Tensor, int], Tensor]  # logits (B, T, V), masked (B, T), step -> to reveal (B, T)
+Policy = Callable[[Tensor, Tensor], Tensor]  # logits (B, T, V), masked (B, T) -> to reveal (B, T)
 DRAWS_PER_COUNT = 2  # masks for every count m, at least: each is compared with the mean of the others
 
 
@@ -56,7 +56,7 @@ class Likelihood:
     @classmethod
     def from_token_nats(cls, token_nats: list[Tensor], is_bound: bool = False) -> "Likelihood":
         """From the (N, T) nats of each token, a list with one tensor for each window length. A token is a character."""
-        parts = [nats.double() for nats in token_nats]
+        parts = map(Tensor.double, token_nats)
         return cls.join([cls(x, x.sum(1), torch.full((len(x),), x.shape[1]), is_bound) for x in parts])
 
     def per(self, characters: Tensor) -> "Likelihood":
@@ -65,7 +65,9 @@ class Likelihood:
 
     @classmethod
     def join(cls, parts: list["Likelihood"]) -> "Likelihood":
-        """Windows of several lengths as one; the curve is that of the first part."""
+        """Windows of several lengths as one; the curve is that of the first part. Raises ValueError for no parts."""
+        if not parts:
+            raise ValueError("there is no text to score")
         T = max(part.token_nats.shape[1] for part in parts)
         token_nats = torch.cat([F.pad(part.token_nats, (0, T - part.token_nats.shape[1])) for part in parts])
         window_nats, characters = (torch.cat([getattr(p, x) for p in parts]) for x in ("window_nats", "characters"))
@@ -136,11 +138,8 @@ def bound_from_masks(
     all_masked = target_nats(predict(torch.full_like(windows[:1], mask_token_id)), windows)  # (N, T)
     token_nats = all_masked / T
     means = torch.empty(N * K, dtype=torch.float64)  # the mean cross-entropy of each mask
-    for start in range(0, N * K, batch_size):
-        rows = torch.arange(start, min(start + batch_size, N * K))
-        mask, targets, m = masks.flatten(0, 1)[rows], windows[rows // K], counts.flatten()[rows]
-        logits = predict(targets.masked_fill(mask.to(targets.device), mask_token_id))  # (b, T, V)
-        nats = target_nats(logits, targets).masked_fill(~mask, 0.0)  # (b, T)
+    for rows, nats in masked_nats(predict, windows, masks, mask_token_id, batch_size):
+        m = counts.flatten()[rows]
         means[rows] = nats.sum(1) / m
         token_nats.index_add_(0, rows // K, nats * (N / (m * drawn[m]).double())[:, None])
     totals = torch.zeros(T, dtype=torch.float64).index_add_(0, counts.flatten(), means)
@@ -157,37 +156,37 @@ def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
     return -log_p.gather(-1, targets[..., None])[..., 0].cpu().double()
 
 
-def pairs_needed(n_windows: int, T: int, pairs: int) -> int:
-    """`pairs` a window, or as many more as give every count its DRAWS_PER_COUNT on a small validation set.
-
-    None for T = 1: the full mask is the only one.
-    """
-    return 0 if T == 1 else max(pairs, math.ceil(DRAWS_PER_COUNT * (T - 1) / n_windows))
+def masked_nats(
+    predict: Predict, windows: Tensor, masks: Tensor, mask_token_id: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For windows (N, T) under masks (N, K, T), `batch_size` masks at a time: which of the N K masks, (b,), and the
+    nats (b, T) of the tokens under them, 0 where they are visible."""
+    K, masks = masks.shape[1], masks.flatten(0, 1)
+    for start in range(0, len(masks), batch_size):
+        mask = masks[start : start + batch_size]
+        rows = torch.arange(start, start + len(mask))
+        targets = windows[rows // K]
+        logits = predict(targets.masked_fill(mask.to(targets.device), mask_token_id))  # (b, T, V)
+        yield rows, target_nats(logits, targets).masked_fill(~mask, 0.0)
 
 
 def likelihood_bound(
     predict: Predict,
-    windows: list[Tensor],
+    windows: Tensor,
     mask_token_id: int,
     *,
     pairs: int = 8,
     batch_size: int = 128,
     generator: torch.Generator | None = None,
 ) -> Likelihood:
-    """Upper bound on the negative log-likelihood of `windows`, a list with one (N, T) tensor for each length.
+    """Upper bound on the negative log-likelihood of windows (N, T): every token is scored.
 
-    Every token is scored; a shorter last window has a bound of its own. `2 * pairs` evaluations a window (more on few
-    windows), and one for each length. The same generator state gives the same masks, whatever the batch size.
-    Raises ValueError if there is nothing to score.
+    `2 * pairs` evaluations a window, and one for all. Few windows get as many more pairs as give every count its
+    DRAWS_PER_COUNT. The same generator state gives the same masks, whatever the batch size.
     """
-    windows = [part for part in windows if part.numel()]
-    if not windows:
-        raise ValueError("there is no text to score")
-    parts = []
-    for part in windows:
-        masks = complementary_masks(*part.shape, pairs_needed(*part.shape, pairs), generator)
-        parts.append(bound_from_masks(predict, part, masks, mask_token_id, batch_size))
-    return Likelihood.join(parts)
+    N, T = windows.shape
+    pairs = max(pairs, math.ceil(DRAWS_PER_COUNT * (T - 1) / N)) if T > 1 else 0  # T = 1: the full mask is the only one
+    return bound_from_masks(predict, windows, complementary_masks(N, T, pairs, generator), mask_token_id, batch_size)
 
 
 @torch.inference_mode()
@@ -214,14 +213,11 @@ def conditional_bound(
     order = torch.rand(N, pairs, T, generator=generator).masked_fill(~free[:, None], 2.0).argsort(-1)
     first = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, torch.arange(T) < counts[..., None])
     masks = torch.cat([first, free[:, None] & ~first, free[:, None]], dim=1)  # (N, K, T), the full mask last
-    K = masks.shape[1]
     weights = (n - 1) / (2 * pairs) / masks.sum(-1).clamp(min=1)  # (N, K) of each masked token's cross-entropy
     weights[:, -1] = 1 / n[:, 0]
     token_nats = torch.zeros(N, T, dtype=torch.float64)
-    for rows in torch.arange(N * K).split(batch_size):
-        mask, targets = masks.flatten(0, 1)[rows], windows[rows // K]
-        nats = target_nats(predict(targets.masked_fill(mask.to(targets.device), mask_token_id)), targets)  # (b, T)
-        token_nats.index_add_(0, rows // K, nats.masked_fill(~mask, 0.0) * weights.flatten()[rows, None])
+    for rows, nats in masked_nats(predict, windows, masks, mask_token_id, batch_size):
+        token_nats.index_add_(0, rows // masks.shape[1], nats * weights.flatten()[rows, None])
     return Likelihood(token_nats, token_nats.sum(1), n[:, 0], is_bound=True)
 
 
@@ -242,13 +238,7 @@ def schedule_bound(curve: Tensor, schedule: list[int]) -> float:
 # ------------------------------------------------------------------------------------------------- policies
 @torch.inference_mode()
 def policy_likelihood(
-    predict: Predict,
-    windows: Tensor,
-    policy: Policy,
-    mask_token_id: int,
-    *,
-    batch_size: int = 128,
-    is_bound: bool = False,
+    predict: Predict, windows: Tensor, policy: Policy, mask_token_id: int, batch_size: int = 128, is_bound: bool = False
 ) -> tuple[Likelihood, Tensor]:
     """Likelihood of windows (N, T) under an unmasking policy (DUEL, arXiv 2603.01367, Alg. 1).
 
@@ -265,15 +255,15 @@ def policy_likelihood(
     for start in range(0, len(windows), batch_size):
         targets = windows[start : start + batch_size]
         rows = torch.arange(start, start + len(targets))
-        masked, step = torch.ones_like(targets, dtype=torch.bool), 0
+        masked = torch.ones_like(targets, dtype=torch.bool)
         while len(rows):
             logits = predict(targets.masked_fill(masked, mask_token_id))
-            reveal = policy(logits, masked, step)
+            reveal = policy(logits, masked)
             if (reveal & ~masked).any() or not reveal.any(1).all():
                 raise ValueError("a policy must reveal at least one masked position of each row, and no visible one")
             token_nats[rows] += target_nats(logits, targets).masked_fill(~reveal.cpu(), 0.0)
             nfe[rows] += 1
-            masked, step = masked & ~reveal, step + 1
+            masked &= ~reveal
             unfinished = masked.any(1)
             rows, targets, masked = rows[unfinished.cpu()], targets[unfinished], masked[unfinished]
     return Likelihood.from_token_nats([token_nats], is_bound), nfe

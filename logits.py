@@ -7,6 +7,7 @@ Letters: B rows, N draws, V vocabulary.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -29,15 +30,13 @@ def row_generators(
         if len(generator) != len(tokens):
             raise ValueError(f"{len(generator)} generators for {len(tokens)} rows: give one a row, or a single one")
         return list(generator)
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     key = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    copies: dict[bytes, int] = {}
-    generators = []
+    above, generators = Counter(), []  # above: how many rows there were of each content
     for row in tokens:
         content = row.cpu().numpy().tobytes()
-        copies[content] = copies.get(content, -1) + 1
-        digest = hashlib.blake2b(content + key.to_bytes(8, "big") + copies[content].to_bytes(8, "big"), digest_size=8)
+        digest = hashlib.blake2b(content + key.to_bytes(8, "big") + above[content].to_bytes(8, "big"), digest_size=8)
+        above[content] += 1
         generators.append(torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1))
     return generators
 

@@ -137,17 +137,3 @@ def least_bytes(name: str, config: ModelConfig) -> int:
     tables = W * config.ngram_rows * len(NGRAMS[MODELS[name].causal]) if config.arch == "rotary" else 0
     positions = config.block_size * (C // config.n_head)
     return 4 * (C * (2 * V + 12 * C * config.n_layer) + tables + positions)
-
-
-def main() -> None:
-    """Print the shapes and the parameter counts of both models."""
-    tokens = torch.zeros(2, 16, dtype=torch.long)
-    print(f"tokens {tuple(tokens.shape)}")
-    for name, model_class in MODELS.items():
-        model = model_class(ModelConfig(vocab_size=69, block_size=128))
-        print(f"{name:5} -> logits {tuple(model(tokens).shape)}  {model.num_parameters():,} parameters, "
-              f"{model.num_looked_up():,} of them looked up")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

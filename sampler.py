@@ -120,36 +120,15 @@ class Candidates:
     generators: list[torch.Generator]  # one a row
 
 
-def random_order(candidates: Candidates) -> Tensor:
-    """A fresh uniform score: LLaDA's random remasking."""
-    return noise(candidates.generators, candidates.where)[candidates.where]
-
-
-def confidence_order(candidates: Candidates) -> Tensor:
-    """p of the likeliest token, or of the drawn one: LLaDA's low-confidence remasking (arXiv 2502.09992, Alg. 5)."""
-    return candidates.confidence
-
-
-def left_order(candidates: Candidates) -> Tensor:
-    """Left to right."""
-    return -candidates.where.nonzero()[:, 1]
-
-
-def sweep_order(candidates: Candidates) -> Tensor:
-    """Step k of S reveals masked positions k, k + S, k + 2S, ...: after step 0, each left neighbour is visible.
-
-    Tokens far apart hardly depend on each other. Related: dilated unmasking (arXiv 2506.19037), parallelized
-    autoregression of images (arXiv 2412.15119).
-    """
-    return -candidates.sweep_step.expand_as(candidates.where)[candidates.where]
-
-
-ORDERS: dict[str, Callable[[Candidates], Tensor]] = {  # name -> (N,) scores, best first
-    "random": random_order,
-    "drawn_confidence": confidence_order,
-    "confidence": confidence_order,
-    "left": left_order,
-    "sweep": sweep_order,
+ORDERS: dict[str, Callable[[Candidates], Tensor]] = {  # name -> (N,) scores: the best are revealed first
+    "random": lambda c: noise(c.generators, c.where)[c.where],  # LLaDA's random remasking
+    "drawn_confidence": lambda c: c.confidence,  # LLaDA's low-confidence remasking (arXiv 2502.09992, Alg. 5)
+    "confidence": lambda c: c.confidence,
+    "left": lambda c: -c.where.nonzero()[:, 1],
+    # Step k of S reveals masked positions k, k + S, k + 2S, ...: after step 0, each left neighbour is visible. Tokens
+    # far apart hardly depend on each other. Related: dilated unmasking (arXiv 2506.19037), parallelized autoregression
+    # of images (arXiv 2412.15119).
+    "sweep": lambda c: -c.sweep_step.expand_as(c.where)[c.where],
 }
 EXACT_ORDERS = ("confidence", "left", "sweep")  # their positions follow from what is visible
 
@@ -259,11 +238,9 @@ def has_exact_likelihood(config: SamplingConfig) -> bool:
     return plain and config.cfg_scale == 0 and config.correct == 0 and config.order in EXACT_ORDERS
 
 
-def policy_of(
-    config: SamplingConfig, generator: torch.Generator | None = None
-) -> Callable[[Tensor, Tensor, int], Tensor]:
+def policy_of(config: SamplingConfig, generator: torch.Generator | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """The positions that the sampler reveals, as `likelihood.policy_likelihood` asks for them, of windows that were
-    fully masked at first: policy(logits (B, T, V), masked (B, T), step) -> (B, T) bool.
+    fully masked at first: policy(logits (B, T, V), masked (B, T)) -> (B, T) bool.
 
     With a generator, order random, whose result is an upper bound in expectation over the drawn orders. Raises
     ValueError for an order whose positions do not follow from what is visible.
@@ -271,7 +248,7 @@ def policy_of(
     if config.order not in EXACT_ORDERS and (config.order != "random" or generator is None):
         raise ValueError(f"with order {config.order} there is no exact likelihood")
 
-    def policy(logits: Tensor, masked: Tensor, step: int) -> Tensor:
+    def policy(logits: Tensor, masked: Tensor) -> Tensor:
         plan = make_plan(torch.ones_like(masked[:1]), config)  # one for all rows
         where, count = next_candidates(plan, masked)
         p = in_float64(logits[where]).softmax(-1)

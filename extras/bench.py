@@ -144,11 +144,13 @@ def decoding(args: argparse.Namespace) -> Iterator[Row]:
     text, end = torch.randint(END_ID + 1, VOCABULARY, (1, CONTEXT)), slice(56, CONTEXT)
     for n_layer, n_head, n_embd in NETWORKS:
         config = ModelConfig(VOCABULARY, CONTEXT, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        model, compiled = (new_model("gpt", config).eval() for _ in range(2))
-        model.never[END_ID] = compiled.never[END_ID] = True
+        model, compiled, uncached = (new_model("gpt", config).eval() for _ in range(3))
+        uncached.new_cache = lambda *sizes: None
+        for gpt in (model, compiled, uncached):
+            gpt.never[END_ID] = True
         torch.compiler.reset()  # what was compiled for another network would be made general, and slower
         compiled.compile()
-        recomputed = partial(filled, model, text, end, use_cache=False)
+        recomputed = partial(filled, uncached, text, end)
         for label, gpt in (("cached", model), ("cached, compiled", compiled)):
             seconds, ratio = in_turns(recomputed, partial(filled, gpt, text, end), 3 if args.quick else 9)
             yield f"{n_layer} layers x {n_embd}", label, ratio, f"{(CONTEXT - end.start) / seconds:.0f}"

@@ -10,15 +10,7 @@ import torch
 from conftest import ROOT
 from toy import random_model, seeded
 
-from autoregressive import (
-    CausalObjective,
-    SlidingContext,
-    beam_search,
-    causal_inputs,
-    compute_gpt_loss,
-    decode,
-    exact_nll,
-)
+from autoregressive import CausalObjective, beam_search, causal_inputs, compute_gpt_loss, decode, exact_nll
 from config import BeamConfig
 from data import Rows
 from model import ENCODERS
@@ -107,14 +99,14 @@ def test_the_objective_is_the_causal_loss_and_its_exact_likelihood():
     targets, weights = objective.weighted_targets(batch)
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     assert (losses * weights).sum().item() == pytest.approx(loss.item(), abs=1e-5)
-    likelihood = objective.likelihood(model, [rows(windows[:5]), rows(windows[5:, :4]), rows(windows[:0])])
+    likelihood = objective.likelihood(model, [rows(windows[:5]), rows(windows[5:, :4])])
     assert likelihood.characters.tolist() == [9] * 5 + [4] * 2
     short = exact_nll(model, windows[5:, :4], START_ID).sum(1).double()
     torch.testing.assert_close(likelihood.window_nats[5:], short, rtol=1e-5, atol=1e-5)
     assert not likelihood.is_bound
     assert not objective.is_bound
     with pytest.raises(ValueError, match="no text"):
-        objective.likelihood(model, [rows(windows[:0])])
+        objective.likelihood(model, [])
 
 
 # ------------------------------------------------------------------------------------------------- sliding context
@@ -237,15 +229,13 @@ def test_as_many_beams_as_texts_find_the_best_ones():
 
 
 @pytest.mark.parametrize("slide", [1, 4, 10])
-def test_beams_slide_over_a_long_prompt_and_their_cache_gives_the_recomputed_scores(slide):
+def test_beams_slide_over_a_long_prompt_and_their_cache_gives_the_recomputed_scores(slide, monkeypatch):
     model, ids = random_gpt(ends=False), prompt(17)
-    for found, score in beam_search(model, ids, num_beams=3, max_out_tokens=8, num_return=3, slide=slide):
-        context, log_prob = SlidingContext(model, ids[None], 8, slide=slide, use_cache=False), 0.0
-        with torch.no_grad():
-            for token in found[17:, None]:
-                log_prob += context.next_logits().log_softmax(-1)[0, token].item()
-                context.append(token)
-        assert score == pytest.approx(log_prob / 8, abs=1e-5)
+    cached = beam_search(model, ids, num_beams=3, max_out_tokens=8, num_return=3, slide=slide)
+    monkeypatch.setattr(model, "new_cache", lambda *sizes: None)
+    recomputed = beam_search(model, ids, num_beams=3, max_out_tokens=8, num_return=3, slide=slide)
+    assert [found.tolist() for found, _ in cached] == [found.tolist() for found, _ in recomputed]
+    assert [score for _, score in cached] == pytest.approx([score for _, score in recomputed], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -167,14 +167,7 @@ for model in ("llada", "gpt"):
     assert all((tmp_path / "out" / model / "last.pt").exists() for model in ("llada", "gpt"))
 
 
-@pytest.mark.parametrize(
-    ("program", "words"),
-    [
-        ("diffusion.py", ["t = 0.1", "t = 0.5", "t = 0.9"]),
-        ("model.py", ["llada", "gpt", "logits (2, 16, 69)", "parameters"]),
-    ],
-)
-def test_modules_that_can_be_run_show_an_example(run_script, monkeypatch, tmp_path, program, words):
+def test_diffusion_shows_an_example(run_script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    output, _ = run_script(program)
-    assert all(word in output for word in words), output
+    output, _ = run_script("diffusion.py")
+    assert all(f"t = {t}" in output for t in (0.1, 0.5, 0.9)), output

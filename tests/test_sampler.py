@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ TOY = TrueConditionals()
 class Mixing:
     """A made-up predictor over 12 tokens in which every position depends on every other; counts its calls.
 
-    kind: "ties", coarsely rounded; "equal" logits; "one", -inf for all tokens but 4.
+    kind: "ties", coarsely rounded; "one", -inf for all tokens but 4.
     """
 
     def __init__(self, seed: int, kind: str = "", never=()):
@@ -35,16 +36,13 @@ class Mixing:
 
     def __call__(self, tokens):
         self.calls, self.rows = self.calls + 1, self.rows + len(tokens)
-        length = tokens.shape[1]
-        logits = torch.einsum("ij,bjv->biv", self.weights[:length, :length], self.values[tokens, torch.arange(length)])
+        n = tokens.shape[1]
+        logits = torch.einsum("ij,bjv->biv", self.weights[:n, :n], self.values[tokens, torch.arange(n)])
         if self.kind == "ties":
             logits = (logits / 8).round()
-        elif self.kind:
-            logits = torch.full_like(logits, 0.0 if self.kind == "equal" else -torch.inf)
         if self.kind == "one":
-            logits[..., 4] = 0.0
-        logits[..., self.never] = -40.0
-        return logits
+            logits = logits.masked_fill(torch.arange(12) != 4, -torch.inf)
+        return logits.index_fill(-1, torch.tensor(self.never, dtype=torch.long), -40.0)
 
 
 def last(steps):
@@ -57,10 +55,10 @@ def project_process(predict, tokens, **settings):
     return reverse_process(predict, tokens, MASK_ID, never=NEVER_WRITTEN, **({"correct": 0} | settings))
 
 
-def toy_ends(N: int = 2000, **settings) -> torch.Tensor:
-    """(N, T): texts of the toy, drawn from the network's own probabilities."""
+def toy_ends(**settings) -> torch.Tensor:
+    """(2000, T): texts of the toy, drawn from the network's own probabilities."""
     settings = {"temperature": 1.0, "correct": 0} | settings
-    return last(reverse_process(TOY, torch.full((N, T), MASK), MASK, **settings)).tokens
+    return last(reverse_process(TOY, torch.full((2000, T), MASK), MASK, **settings)).tokens
 
 
 def template(length=21, seed=0):
@@ -138,98 +136,66 @@ def masked_in(row):
     return [i for i in range(T) if row[i] == MASK]
 
 
-def drawn_at(row, positions):
-    """Every way to write tokens at `positions` of row, each from its own conditional: ({position: token}, p)."""
-    p = conditionals(row)
-    for tokens in itertools.product(range(V), repeat=len(positions)):
-        drawn = dict(zip(positions, tokens, strict=True))
-        yield drawn, math.prod(p[i][token] for i, token in drawn.items())
-
-
-def fill(row, drawn):
-    return tuple(drawn.get(i, token) for i, token in enumerate(row))
-
-
-def by_positions(choose):
-    """A rule from choose(row, step) -> equally likely lists of positions, which do not depend on the tokens drawn."""
-
-    def rule(row, k):
-        choices = choose(row, k)
-        for positions in choices:
-            for drawn, p in drawn_at(row, positions):
-                yield fill(row, drawn), p / len(choices)
-
-    return rule
-
-
-def by_drawn_tokens(how_many):
-    """LLaDA's rule: draw at every masked position, keep the how_many(confidences, k) likeliest draws."""
-
-    def rule(row, k):
-        p = conditionals(row)
-        for drawn, q in drawn_at(row, masked_in(row)):
-            sure = sorted(((p[i][token], i, token) for i, token in drawn.items()), reverse=True)
-            kept = sure[: how_many([confidence for confidence, _, _ in sure], k)]
-            yield fill(row, {i: token for _, i, token in kept}), q
-
-    return rule
-
-
 def subsets(row, n):
     return list(itertools.combinations(masked_in(row), n))
 
 
-def first(order, row, n, threshold=2.0):
-    """The first n of `order`, and all others whose likeliest token reaches the threshold."""
-    return [order[:n] + [i for i in order[n:] if max(conditionals(row)[i]) >= threshold]]
+def sure(row, drawn=None, among=range(T)):
+    """p at each masked position: of the drawn token, or of the likeliest."""
+    p = conditionals(row)
+    return {i: p[i][drawn[i]] if drawn else max(p[i]) for i in masked_in(row) if i in among}
 
 
-def surest(row, n, threshold=2.0, among=range(T)):
-    """The n masked positions whose likeliest token is likeliest."""
-    order = sorted((i for i in masked_in(row) if i in among), key=lambda i: -max(conditionals(row)[i]))
-    return first(order, row, n, threshold)
+def best(p, n=1):
+    """The n surest positions of {position: p}."""
+    return [sorted(p, key=lambda i: -p[i])[:n]]
 
 
-BY_POSITIONS = [
-    ({"order": "random"}, lambda row, k: subsets(row, 1)),
-    ({"order": "random", "steps": 2}, lambda row, k: subsets(row, 2)),
-    ({"order": "random", "block_length": 2, "steps": 2}, lambda row, k: [[[0, 1], [2, 3]][k]]),
-    ({"order": "left"}, lambda row, k: [[k]]),
-    ({"order": "left", "steps": 3}, lambda row, k: [masked_in(row)[: [2, 1, 1][k]]]),
-    ({"order": "left", "threshold": 0.5}, lambda row, k: first(masked_in(row), row, 1, threshold=0.5)),
-    ({"order": "sweep", "steps": 2}, lambda row, k: [[k, k + 2]]),
-    ({"order": "sweep", "steps": 3}, lambda row, k: [[[0, 3], [1], [2]][k]]),
-    ({"order": "sweep", "threshold": 0.5}, lambda row, k: first(masked_in(row), row, 1, threshold=0.5)),
-    ({"order": "confidence"}, lambda row, k: surest(row, 1)),
-    ({"order": "confidence", "steps": 2}, lambda row, k: surest(row, 2)),
-    ({"order": "confidence", "schedule": [1, 3]}, lambda row, k: surest(row, [1, 3][k])),
-    ({"order": "confidence", "block_length": 2}, lambda row, k: surest(row, 1, among=[[0, 1], [2, 3]][k // 2])),
-    ({"order": "confidence", "threshold": 0.5}, lambda row, k: surest(row, 1, threshold=0.5)),
-]
-BY_DRAWN_TOKENS = [
-    ({"steps": 2}, lambda confidences, k: 2),
-    ({"schedule": [1, 3]}, lambda confidences, k: [1, 3][k]),
-    ({"threshold": 0.5}, lambda confidences, k: max(1, sum(c >= 0.5 for c in confidences))),
-]
-STRATEGIES = [
-    *((flags, by_positions(choose)) for flags, choose in BY_POSITIONS),
-    *(({"order": "drawn_confidence"} | flags, by_drawn_tokens(how_many)) for flags, how_many in BY_DRAWN_TOKENS),
+def or_above(p, first):
+    """The first position, and all others that reach 0.5."""
+    return [[first[0], *(i for i in p if i != first[0] and p[i] >= 0.5)]]
+
+
+RULES = [  # settings, and row, step, drawn tokens -> equally likely lists of positions to reveal
+    ({"order": "random"}, lambda row, k, _: subsets(row, 1)),
+    ({"order": "random", "steps": 2}, lambda row, k, _: subsets(row, 2)),
+    ({"order": "random", "block_length": 2, "steps": 2}, lambda row, k, _: [[[0, 1], [2, 3]][k]]),
+    ({"order": "left"}, lambda row, k, _: [[k]]),
+    ({"order": "left", "steps": 3}, lambda row, k, _: [masked_in(row)[: [2, 1, 1][k]]]),
+    ({"order": "left", "threshold": 0.5}, lambda row, k, _: or_above(sure(row), masked_in(row))),
+    ({"order": "sweep", "steps": 2}, lambda row, k, _: [[k, k + 2]]),
+    ({"order": "sweep", "steps": 3}, lambda row, k, _: [[[0, 3], [1], [2]][k]]),
+    ({"order": "sweep", "threshold": 0.5}, lambda row, k, _: or_above(sure(row), masked_in(row))),
+    ({"order": "confidence"}, lambda row, k, _: best(sure(row))),
+    ({"order": "confidence", "steps": 2}, lambda row, k, _: best(sure(row), 2)),
+    ({"order": "confidence", "schedule": [1, 3]}, lambda row, k, _: best(sure(row), [1, 3][k])),
+    ({"order": "confidence", "block_length": 2}, lambda row, k, _: best(sure(row, among=[[0, 1], [2, 3]][k // 2]))),
+    ({"order": "confidence", "threshold": 0.5}, lambda row, k, _: or_above(sure(row), *best(sure(row)))),
+    ({"order": "drawn_confidence", "steps": 2}, lambda row, k, x: best(sure(row, x), 2)),
+    ({"order": "drawn_confidence", "schedule": [1, 3]}, lambda row, k, x: best(sure(row, x), [1, 3][k])),
+    ({"order": "drawn_confidence", "threshold": 0.5}, lambda row, k, x: or_above(sure(row, x), *best(sure(row, x)))),
 ]
 
 
 def outcomes_by_hand(rule) -> torch.Tensor:
-    """(V^T,) probabilities of the texts the rule ends in."""
+    """(V^T,) probabilities of texts: at each step tokens are drawn at all masked positions, each from its own
+    conditional, and those at the positions of the rule stay."""
     states = {(MASK,) * T: 1.0}
-    for k in range(T + 1):
-        following = {}
+    for k in range(T):
+        following = Counter()
         for row, q in states.items():
-            for end, p in rule(row, k) if MASK in row else [(row, 1.0)]:
-                following[end] = following.get(end, 0.0) + q * p
+            p, masked = conditionals(row), masked_in(row)
+            for tokens in itertools.product(range(V), repeat=len(masked)):
+                drawn = dict(zip(masked, tokens, strict=True))
+                choices = rule(row, k, drawn) if masked else [[]]
+                chance = q * math.prod(p[i][token] for i, token in drawn.items()) / len(choices)
+                for positions in choices:
+                    following[tuple(drawn[i] if i in positions else token for i, token in enumerate(row))] += chance
         states = following
-    return torch.tensor([states.get(tuple(row), 0.0) for row in all_strings().tolist()], dtype=torch.float64)
+    return torch.tensor([states[tuple(row)] for row in all_strings().tolist()], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("flags", "rule"), STRATEGIES)
+@pytest.mark.parametrize(("flags", "rule"), RULES)
 def test_each_strategy_has_the_distribution_of_outcomes_and_the_likelihood_its_rule_says(flags, rule):
     config, expected = SamplingConfig(temperature=1.0, correct=0, **flags), outcomes_by_hand(rule)
     assert_frequencies(toy_ends(**flags), expected)
@@ -255,11 +221,10 @@ def test_what_changes_the_distribution_of_draws_claims_no_exact_likelihood():
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_random_order_has_an_upper_bound(steps):
     """Over many drawn orders, the mean of -log p given the order is above -log of the sampler's distribution."""
-    policy = policy_of(SamplingConfig(order="random", steps=steps), torch.Generator().manual_seed(0))
-    exact = -outcomes_by_hand(by_positions(lambda row, k: subsets(row, T // steps))).log()
+    policy = policy_of(SamplingConfig(order="random", steps=steps), seeded())
+    exact = -outcomes_by_hand(lambda row, k, _: subsets(row, T // steps)).log()
     repeats = [policy_likelihood(TOY, all_strings(), policy, MASK, is_bound=True) for _ in range(60)]
-    assert all(likelihood.is_bound for likelihood, _ in repeats)
-    assert all((nfe == steps).all() for _, nfe in repeats)
+    assert all(likelihood.is_bound and (nfe == steps).all() for likelihood, nfe in repeats)
     mean = float(torch.stack([likelihood.window_nats for likelihood, _ in repeats]).mean())
     if steps == 2:
         assert mean > float(exact.mean()) + 0.01
@@ -268,42 +233,25 @@ def test_the_random_order_has_an_upper_bound(steps):
 
 
 # ------------------------------------------------------------------------------------------------- correction
-def transitions(monkeypatch) -> list[torch.Tensor]:
-    """(V^T, V^T) probabilities of text -> text, of each step of a correction pass over the toy.
-
-    Every text is a row, and every draw gives the row's own token again: so each step shows what it draws from.
-    """
+def test_a_pass_keeps_the_joint_distribution_exactly_and_moves_others_towards_it(monkeypatch):
+    """Every text is a row, and every draw gives the row's own token again: so each step shows what it draws from."""
     texts = all_strings()
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "draw_tokens", lambda logits, where, *_: texts[where])
         steps = list(reverse_process(TOY, torch.full_like(texts, MASK), MASK, steps=2, correct=1))[2:]
-    found = []
+    assert len(steps) == T
+    after = apart = outcomes_by_hand(lambda row, k, _: [masked_in(row)])  # positions that were drawn apart
     for step in steps:
         assert torch.equal(step.tokens, texts)
         same = (texts[:, None] == texts) | step.masked[:, None]  # nothing else changes
         one = step.masked.nonzero()[:, 1]  # (V^T,): each step redraws a single position
-        found.append(same.all(2) * step.probabilities.gather(1, texts.T[one]))
-    return found
-
-
-def test_a_pass_with_true_conditionals_leaves_the_joint_distribution_exactly_as_it_is(monkeypatch):
-    steps = transitions(monkeypatch)
-    assert len(steps) == T
-    for transition in steps:
+        transition = same.all(2) * step.probabilities.gather(1, texts.T[one])  # (V^T, V^T)
         torch.testing.assert_close(transition.sum(1), torch.ones(V**T, dtype=torch.float64), rtol=0, atol=1e-12)
         torch.testing.assert_close(TOY.p @ transition, TOY.p, rtol=0, atol=1e-12)
-    flags = {"order": "random", "correct": 2, "correct_temperature": 1.0}
-    assert_frequencies(toy_ends(**flags), TOY.p)
-
-
-def test_a_pass_moves_other_distributions_towards_the_joint_one(monkeypatch):
-    """From positions that were drawn apart: the frequencies after a pass are those of its transition matrices."""
-    apart = outcomes_by_hand(by_positions(lambda row, k: [range(T)]))
-    after = apart
-    for transition in transitions(monkeypatch):
         after = after @ transition
     assert (after - TOY.p).abs().sum() < 0.8 * (apart - TOY.p).abs().sum()
     assert_frequencies(toy_ends(steps=1, correct=1, correct_temperature=1.0), after)
+    assert_frequencies(toy_ends(order="random", correct=2, correct_temperature=1.0), TOY.p)
 
 
 def test_a_pass_draws_every_written_position_once_with_positions_far_apart_and_given_ones_never():
@@ -328,42 +276,33 @@ def test_a_foreign_vocabulary_keeps_its_ids():
             assert set(last(steps).tokens.flatten().tolist()) == {0, 1, 2, 3, 4} - {1, *never}
 
 
-@st.composite
-def samplings(draw) -> SamplingConfig:
-    """Settings that go together."""
-    values = {
-        "order": draw(st.sampled_from(sorted(ORDERS))),
-        "steps": draw(st.none() | st.integers(1, 40)),
-        "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 5.0])),
-        "top_k": draw(st.none() | st.integers(1, 12)),
-        "top_p": draw(st.none() | st.floats(0.01, 1.0)),
-        "repetition_penalty": draw(st.sampled_from([0.5, 1.0, 2.0])),
-        "correct": draw(st.integers(0, 2)),
-        "threshold": draw(st.none() | st.floats(0, 1)),
-        "cfg_scale": draw(st.sampled_from([0.0, 1.5])),
-        "block_length": draw(st.none() | st.integers(1, 9)),
-        "schedule": draw(st.sampled_from(SCHEDULES)),
-    }
-    try:
-        return SamplingConfig(**values)
-    except ValueError:  # some exclude each other
-        return SamplingConfig(**values | {"schedule": "uniform"})
+SAMPLINGS = st.fixed_dictionaries({
+    "order": st.sampled_from(sorted(ORDERS)),
+    "steps": st.none() | st.integers(1, 40),
+    "temperature": st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    "top_k": st.none() | st.integers(1, 12),
+    "top_p": st.none() | st.floats(0.01, 1.0),
+    "repetition_penalty": st.sampled_from([0.5, 1.0, 2.0]),
+    "correct": st.integers(0, 2),
+    "threshold": st.none() | st.floats(0, 1),
+    "cfg_scale": st.sampled_from([0.0, 1.5]),
+    "block_length": st.none() | st.integers(1, 9),
+    "schedule": st.sampled_from(SCHEDULES),
+})  # fmt: skip
 
 
 @settings(max_examples=120, deadline=None)
-@given(
-    st.integers(1, 3), st.integers(1, 21), samplings(), st.sampled_from(["", "ties", "equal", "one"]),
-    st.integers(0, 10**6),
-)  # fmt: skip
-def test_every_state_keeps_the_rules_and_no_row_depends_on_its_batch(B, T, config, kind, seed):
+@given(st.integers(1, 3), st.integers(1, 21), SAMPLINGS, st.sampled_from(["", "ties", "one"]), st.integers(0, 10**6))
+def test_every_state_keeps_the_rules_and_no_row_depends_on_its_batch(B, T, values, kind, seed):
+    config = SamplingConfig(**values | ({"schedule": "uniform"} if values["order"] == "sweep" else {}))
     tokens = before = torch.stack([template(T, seed + b) for b in range(B)])
     tokens[2:] = 7  # nothing to write
     known, predict = tokens != MASK_ID, Mixing(seed, kind)
     process = project_process(predict, tokens, config=config, generator=seeded(seed))
     try:
         steps = [(step, predict.calls) for step in process]
-    except ArgumentError as error:  # settings that do not fit this template are refused, and nothing else
-        if error.argument not in ("steps", "schedule", "block_length"):
+    except ArgumentError as error:  # fewer steps than blocks
+        if error.argument != "steps":
             raise
         return
     for step, calls in steps:
@@ -414,9 +353,7 @@ def test_schedules_reveal_everything_and_beyond_two_steps_a_position_one_at_a_ti
     for size in range(1, 40):
         for steps in range(1, 4 * size):
             counts = sampler.SCHEDULES[schedule](size, steps)
-            assert len(counts) == steps
-            assert sum(counts) == size
-            assert min(counts) >= 0
+            assert (len(counts), sum(counts), min(counts) >= 0) == (steps, size, True)
             assert steps < 2 * size or max(counts) == 1
     plan = make_plan(torch.ones(1, 21, dtype=torch.bool), SamplingConfig(order="left", steps=10**6, schedule=schedule))
     assert plan.remaining.shape[1] <= 43
@@ -431,11 +368,9 @@ def test_every_block_gets_its_default_steps():
 
 
 def test_reaching_the_threshold_is_enough():
-    def predict(tokens):
-        return torch.tensor([0.75, 0.25]).log().expand(*tokens.shape, 2)
-
-    for threshold, count in ((0.75, 6), (0.7500001, 1)):
-        step = next(reverse_process(predict, torch.full((1, 6), 5), 5, order="confidence", threshold=threshold))
+    for threshold, count in ((0.5, 6), (0.5 + 1e-15, 1)):
+        settings = {"order": "confidence", "threshold": threshold}
+        step = next(reverse_process(lambda tokens: torch.zeros(1, 6, 2), torch.full((1, 6), 5), 5, **settings))
         assert int(step.revealed.sum()) == count
 
 
