@@ -160,7 +160,7 @@ def test_a_budget_is_scaled_by_the_machine_and_its_losses_are_medians(tmp_path, 
     [
         (["--help"], 0, ("budget", "sampling", "decoding", "gaps")),
         (["sampling", "--help"], 0, ("upper bound",)),
-        (["speed"], 2, ("'speed' is not one of",)),
+        (["speed"], 2, ("invalid choice: 'speed'",)),
         (["budget", "--seconds", "0"], 2, ("--seconds",)),
     ],
 )
