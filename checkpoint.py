@@ -114,7 +114,6 @@ def save_checkpoint(
     training = checkpoint.training if weights is None else {}
     weights = model.state_dict() if weights is None else weights
     check_finite(path, weights)
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = FORMAT, model.name, model.config.to_dict(), base, weights, checkpoint.tokenizer.to_dict()
     values += checkpoint.corpus, checkpoint.step, checkpoint.history, training
     with atomic_write(path) as temporary:
@@ -200,9 +199,6 @@ def read_state(path: Path) -> dict:
     is_ours = is_ours and all(isinstance(state[name], kind) for name, kind in ENTRIES.items())
     if not is_ours or state["format"] != FORMAT or state["name"] not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
-    for config in (state["config"], state["training"].get("config", {})):
-        if config.get("parallel") == 1:  # of an option that is gone; with another value the file is refused
-            del config["parallel"]
     return state
 
 
@@ -219,15 +215,16 @@ def base_of(path: Path, base: dict) -> Transformer:
     raise ValueError(f"{path}: holds adapters of {missing}: restore that file, or put it beside, under any name")
 
 
-def find_checkpoints(out: str | Path = "out") -> list[Path]:
-    """The checkpoints of the runs under `out`, LLaDA's first: best.pt of each, or last.pt if there is no best."""
-    folders = [Path(out) / name for name in MODELS]
-    return [checkpoint_file(folder) for folder in folders if any((folder / file).is_file() for file in RUN_FILES)]
+def find_checkpoints(folder: str | Path | None = None) -> list[Path]:
+    """The checkpoint of each model in a folder of runs, such as out/, or of models that are one file each; LLaDA first.
 
-
-def pretrained_checkpoints() -> list[Path]:
-    """The models that come with the project, LLaDA first."""
-    return [path for name in MODELS if (path := PRETRAINED / f"{name}.pt").is_file()]
+    Of a run this is best.pt, or last.pt if there is no best. folder None: the models that come with the project.
+    """
+    folder, found = Path(folder or PRETRAINED), []
+    for name in MODELS:
+        places = *(folder / name / file for file in RUN_FILES), folder / f"{name}.pt"
+        found += list(filter(Path.is_file, places))[:1]
+    return found
 
 
 def newest_checkpoint(out: str | Path | None = None, name: str | None = None) -> Path:
@@ -235,7 +232,7 @@ def newest_checkpoint(out: str | Path | None = None, name: str | None = None) ->
 
     out None: that under out/, or else the pretrained one. Raises ValueError if there is none.
     """
-    found = find_checkpoints(out or "out") + (pretrained_checkpoints() if out is None else [])
+    found = find_checkpoints(out or "out") + (find_checkpoints() if out is None else [])
     for wanted in (name,) if name else MODELS:
         for path in found:
             if wanted in (path.parent.name, path.stem):
@@ -278,15 +275,11 @@ class CheckpointWriter:
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
         self.save_last()
 
-    def save_last(self) -> None:
-        """Write last.pt."""
-        self.save("last.pt")
-        self.saved = time.monotonic()
-
-    def save_if_older(self, seconds: float) -> None:
-        """`save_last`, if the last time is so long ago."""
-        if time.monotonic() - self.saved >= seconds:
-            self.save_last()
+    def save_last(self, pause: float = 0.0) -> None:
+        """Write last.pt, unless this was done in the last `pause` seconds."""
+        if time.monotonic() - self.saved >= pause:
+            self.save("last.pt")
+            self.saved = time.monotonic()
 
     def save(self, name: str) -> None:
         """Write the state to a file of the folder; before the first time, move another run aside."""

@@ -48,7 +48,7 @@ def main() -> None:
     with parser.naming_flags():
         run = settings_of(args)
     with immediate_interrupt():  # torch is imported here, so that --help does not wait for it
-        from checkpoint import find_checkpoints, pretrained_checkpoints
+        from checkpoint import find_checkpoints
         from data import load_same_corpus
         from evaluation.report import print_report, write_report
         from evaluation.suite import Evaluation, select_checkpoints
@@ -57,7 +57,7 @@ def main() -> None:
 
     with parser.naming_flags():
         paths = args.checkpoints or find_checkpoints(run.out)
-        paths = paths or ([] if args.out else pretrained_checkpoints())
+        paths = paths or ([] if args.out else find_checkpoints())
         if not paths:
             raise ValueError(f"no checkpoint under {run.out}/: train one with `python train.py`, or name its file")
         checkpoints = select_checkpoints(paths, pick_device(run.device))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from autoregressive import exact_nll
-from checkpoint import Checkpoint, new_model, pretrained_checkpoints
+from checkpoint import Checkpoint, find_checkpoints, new_model
 from config import DecodingConfig, ModelConfig, SamplingConfig
 from data import load_same_corpus
 from evaluation.report import interval, table
@@ -70,7 +70,7 @@ def percent(share: float, count: int) -> str:
 
 def held_out(args: argparse.Namespace, count: int) -> tuple[Checkpoint, Checkpoint, Tensor]:
     """A LLaDA, a GPT, and `count` windows (N, T) of text that neither was trained on; quick: a tenth of them."""
-    checkpoints = select_checkpoints(args.checkpoints or pretrained_checkpoints(), "cpu")
+    checkpoints = select_checkpoints(args.checkpoints or find_checkpoints(), "cpu")
     if len(checkpoints) < len(MODELS):
         raise ValueError("two models are compared: name the checkpoints of a LLaDA and a GPT")
     llada, gpt = checkpoints.values()
