@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from model import MODELS, NEVER_PREDICTED, Transformer, least_bytes
+from model import MODELS, NEVER_PREDICTED, Transformer
 from tokenizer import SimpleTokenizer, Tokenizer
 from utils.console import say
-from utils.devices import memory_problem, pick_device
+from utils.devices import pick_device
 from utils.errors import ArgumentError, check_number
 from utils.files import atomic_write, check_seal, locked, seal, sha256_of
 
@@ -113,7 +113,9 @@ def save_checkpoint(
     path, model = Path(path), checkpoint.model
     training = checkpoint.training if weights is None else {}
     weights = model.state_dict() if weights is None else weights
-    check_finite(path, weights)
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
     values = FORMAT, model.name, model.config.to_dict(), base, weights, checkpoint.tokenizer.to_dict()
     values += checkpoint.corpus, checkpoint.step, checkpoint.history, training
     with atomic_write(path) as temporary:
@@ -136,13 +138,6 @@ def export_weights(path: str | Path, checkpoint: Checkpoint) -> None:
     save_checkpoint(path, checkpoint, half)
 
 
-def check_finite(path: Path, weights: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming the file and the weight, for a weight that is NaN or infinite."""
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
-
-
 # ------------------------------------------------------------------------------------------------- reading
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resuming: bool = False) -> Checkpoint:
     """Read what `save_checkpoint` wrote; the model is on `device`, in eval mode. path: as of `checkpoint_file`.
@@ -157,8 +152,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resumi
         config, tokenizer = ModelConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
-        if problem := memory_problem(least_bytes(state["name"], config)):
-            raise ValueError(f"it {problem}")
         with torch.random.fork_rng(devices=[]):  # the first weights are replaced: leave the generator as it was
             model = new_model(state["name"], config) if base is None else continued(base, config)
         weights = state["model"]
@@ -168,7 +161,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resumi
     except (TypeError, KeyError, ValueError, RuntimeError) as error:  # other fields, sizes, weights or tokenizer
         problem = " ".join(str(error).split())[:200]  # torch's are several lines
         raise ValueError(f"{path}: of another version of the network ({problem}): train it again") from None
-    check_finite(path, model.state_dict())
     rest = {name: state[name] for name in ("corpus", "step", "history", "training")}
     model = model if resuming else merged(model)
     return Checkpoint(model.to(device).eval(), tokenizer, **rest, path=path)

@@ -34,10 +34,8 @@ def test_argument_errors_become_flags_of_the_parser():
     ("kind", "bounds", "text", "problem"),
     [
         (int, {"low": 1}, "0", "must be at least 1, got 0"),
-        (int, {}, "1.5", "'1.5' is not a whole number"),
         (float, {"above": 0}, "0", "must be greater than 0, got 0.0"),
         (float, {"low": 0}, "nan", "must be finite, got nan"),
-        (float, {}, "x", "'x' is not a number"),
     ],
 )
 def test_numbers_out_of_range_are_refused(kind, bounds, text, problem):

@@ -181,11 +181,9 @@ def number(kind: type, **bounds) -> Callable[[str], float]:
             check_number("value", value, **bounds)
         except ArgumentError as error:
             raise argparse.ArgumentTypeError(error.problem) from None
-        except ValueError:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
         return value
 
+    parse.__name__ = kind.__name__  # which argparse puts into "invalid int value: 'x'"
     return parse
 
 
