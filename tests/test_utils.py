@@ -1,4 +1,4 @@
-"""Flags in errors, argument types, progress, streams that are closed or broken, memory, devices, atomic writes."""
+"""Flags in errors, progress, streams that are closed or broken, memory, devices, atomic writes."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from utils import console, devices
-from utils.console import ERASE, Parser, deferred_interrupt, number, say
+from utils.console import ERASE, Parser, deferred_interrupt, say
 from utils.devices import free_memory, pick_device
 from utils.errors import ArgumentError
 from utils.files import atomic_write
@@ -28,19 +28,6 @@ def test_argument_errors_become_flags_of_the_parser():
             raise ArgumentError(argument, "is wrong")
     with pytest.raises(ValueError, match=r"^n_embd is wrong$"), parser.naming_flags():
         raise ValueError("n_embd is wrong")  # words are not parsed: only an ArgumentError knows its argument
-
-
-@pytest.mark.parametrize(
-    ("kind", "bounds", "text", "problem"),
-    [
-        (int, {"low": 1}, "0", "must be at least 1, got 0"),
-        (float, {"above": 0}, "0", "must be greater than 0, got 0.0"),
-        (float, {"low": 0}, "nan", "must be finite, got nan"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(kind, bounds, text, problem):
-    with pytest.raises(argparse.ArgumentTypeError, match=problem):
-        number(kind, **bounds)(text)
 
 
 # ------------------------------------------------------------------------------------------------- progress
