@@ -126,8 +126,7 @@ def load_corpus(
         try:
             return load_corpus("tinyshakespeare", make_tokenizer)
         except OSError as error:
-            say(f"WARNING: no TinyShakespeare: {error}")
-            say("WARNING: training on the documentation of Python instead (pydoc); for another text: --data FILE")
+            say(f"WARNING: no TinyShakespeare ({error}): this is pydoc, Python's documentation (or name a --data FILE)")
             return load_corpus("pydoc", make_tokenizer)
     names = [name] if isinstance(name, str) else list(name)
     if names == ["pydoc"]:

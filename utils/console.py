@@ -25,7 +25,7 @@ SECONDS_PER_UPDATE, SECONDS_PER_LINE = 0.2, 10.0  # of a progress display: on a 
 HIDDEN = (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
 SYMBOLS = {code: chr(0x2400 + code) for code in range(0x20) if code not in (9, 10)}
 SYMBOLS |= {0x7F: "\u2421"} | dict.fromkeys(HIDDEN, "\ufffd")
-ERASE = "\x1b[K"  # of a terminal's line what stands right of the cursor: a progress display, which ends with "\r"
+erase = ""  # what the next message begins with: on a terminal it takes the place of a progress display
 
 
 # ------------------------------------------------------------------------------------------------- text in and out
@@ -34,12 +34,14 @@ def say(*words, end: str = "\n") -> None:
 
     On a terminal lines break at spaces, where it would break them inside words. A command stays whole, to be copied.
     """
+    global erase
     text = printable(" ".join(map(str, words)))
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
         lines = [line if len(line) <= width or "python " in line else wrapper.fill(line) for line in text.split("\n")]
-        text = ERASE + "\n".join(lines)
+        text = "\n".join(lines)
+    text, erase = erase + text, ""
     try:
         print(text, file=sys.stderr, flush=True, end=end)
     except OSError:
@@ -206,6 +208,7 @@ def progress(total: float, what: str, visible: bool = True) -> Iterator[Callable
     pause = SECONDS_PER_UPDATE if on_terminal else SECONDS_PER_LINE
 
     def update(completed: float, note: Callable[[], str] = str) -> None:
+        global erase
         nonlocal last, first
         now = time.monotonic()
         first = first or (now, completed)  # what a resumed run had done before does not count
@@ -216,12 +219,16 @@ def progress(total: float, what: str, visible: bool = True) -> Iterator[Callable
             seconds = (now - first[0]) * (total - completed) / (completed - first[1])
             line += f", {timedelta(seconds=round(seconds))} left"
         line = f"{line}  {note()}".rstrip()
-        say(line[: shutil.get_terminal_size().columns - 1] if on_terminal else line, end="\r" if on_terminal else "\n")
+        if on_terminal:
+            say(line[: shutil.get_terminal_size().columns - 1], end="")
+            erase = "\r\x1b[K"
+        else:
+            say(line)
 
     try:
         yield update
     finally:
-        if on_terminal:
+        if erase:
             say(end="")
 
 
