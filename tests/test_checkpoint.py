@@ -219,9 +219,14 @@ def test_a_run_that_goes_on_in_another_folder_has_a_best_there(tmp_path, is_take
     trainer = SimpleNamespace(history=history, checkpoint=lambda: replace(small(), history=history))
     if is_taken:
         save_checkpoint(tmp_path / "new/best.pt", small())
-    CheckpointWriter(trainer, tmp_path / "new", tmp_path / "old/last.pt").on_validation(history[-1])
+    writer = CheckpointWriter(trainer, tmp_path / "new", tmp_path / "old/last.pt")
+    writer.on_validation(history[-1])
     assert load_checkpoint(tmp_path / "new/best.pt").history == history
     assert (tmp_path / "new.1/best.pt").is_file() == is_taken
+    (tmp_path / "new/last.pt").unlink()
+    for pause in (60, 0):  # last.pt was written a moment ago
+        writer.save_last(pause)
+        assert (tmp_path / "new/last.pt").is_file() == (pause == 0)
 
 
 def test_runs_are_found_by_model_and_without_one_the_pretrained_unless_a_folder_was_named(tmp_path, monkeypatch):
