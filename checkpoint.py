@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from model import MODELS, NEVER_PREDICTED, Transformer, least_bytes
+from model import MODELS, NEVER_PREDICTED, Transformer
 from tokenizer import SimpleTokenizer, Tokenizer
 from utils.console import say
-from utils.devices import memory_problem, pick_device
+from utils.devices import pick_device
 from utils.errors import ArgumentError, check_number
 from utils.files import atomic_write, check_seal, locked, seal, sha256_of
 
@@ -113,8 +113,9 @@ def save_checkpoint(
     path, model = Path(path), checkpoint.model
     training = checkpoint.training if weights is None else {}
     weights = model.state_dict() if weights is None else weights
-    check_finite(path, weights)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
     values = FORMAT, model.name, model.config.to_dict(), base, weights, checkpoint.tokenizer.to_dict()
     values += checkpoint.corpus, checkpoint.step, checkpoint.history, training
     with atomic_write(path) as temporary:
@@ -137,13 +138,6 @@ def export_weights(path: str | Path, checkpoint: Checkpoint) -> None:
     save_checkpoint(path, checkpoint, half)
 
 
-def check_finite(path: Path, weights: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming the file and the weight, for a weight that is NaN or infinite."""
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
-
-
 # ------------------------------------------------------------------------------------------------- reading
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resuming: bool = False) -> Checkpoint:
     """Read what `save_checkpoint` wrote; the model is on `device`, in eval mode. path: as of `checkpoint_file`.
@@ -158,8 +152,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resumi
         config, tokenizer = ModelConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
-        if problem := memory_problem(least_bytes(state["name"], config)):
-            raise ValueError(f"it {problem}")
         with torch.random.fork_rng(devices=[]):  # the first weights are replaced: leave the generator as it was
             model = new_model(state["name"], config) if base is None else continued(base, config)
         weights = state["model"]
@@ -169,7 +161,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resumi
     except (TypeError, KeyError, ValueError, RuntimeError) as error:  # other fields, sizes, weights or tokenizer
         problem = " ".join(str(error).split())[:200]  # torch's are several lines
         raise ValueError(f"{path}: of another version of the network ({problem}): train it again") from None
-    check_finite(path, model.state_dict())
     rest = {name: state[name] for name in ("corpus", "step", "history", "training")}
     model = model if resuming else merged(model)
     return Checkpoint(model.to(device).eval(), tokenizer, **rest, path=path)
@@ -200,9 +191,6 @@ def read_state(path: Path) -> dict:
     is_ours = is_ours and all(isinstance(state[name], kind) for name, kind in ENTRIES.items())
     if not is_ours or state["format"] != FORMAT or state["name"] not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
-    for config in (state["config"], state["training"].get("config", {})):
-        if config.get("parallel") == 1:  # of an option that is gone; with another value the file is refused
-            del config["parallel"]
     return state
 
 
@@ -219,15 +207,16 @@ def base_of(path: Path, base: dict) -> Transformer:
     raise ValueError(f"{path}: holds adapters of {missing}: restore that file, or put it beside, under any name")
 
 
-def find_checkpoints(out: str | Path = "out") -> list[Path]:
-    """The checkpoints of the runs under `out`, LLaDA's first: best.pt of each, or last.pt if there is no best."""
-    folders = [Path(out) / name for name in MODELS]
-    return [checkpoint_file(folder) for folder in folders if any((folder / file).is_file() for file in RUN_FILES)]
+def find_checkpoints(folder: str | Path | None = None) -> list[Path]:
+    """The checkpoint of each model in a folder of runs, such as out/, or of models that are one file each; LLaDA first.
 
-
-def pretrained_checkpoints() -> list[Path]:
-    """The models that come with the project, LLaDA first."""
-    return [path for name in MODELS if (path := PRETRAINED / f"{name}.pt").is_file()]
+    Of a run this is best.pt, or last.pt if there is no best. folder None: the models that come with the project.
+    """
+    folder, found = Path(folder or PRETRAINED), []
+    for name in MODELS:
+        places = *(folder / name / file for file in RUN_FILES), folder / f"{name}.pt"
+        found += list(filter(Path.is_file, places))[:1]
+    return found
 
 
 def newest_checkpoint(out: str | Path | None = None, name: str | None = None) -> Path:
@@ -235,7 +224,7 @@ def newest_checkpoint(out: str | Path | None = None, name: str | None = None) ->
 
     out None: that under out/, or else the pretrained one. Raises ValueError if there is none.
     """
-    found = find_checkpoints(out or "out") + (pretrained_checkpoints() if out is None else [])
+    found = find_checkpoints(out or "out") + (find_checkpoints() if out is None else [])
     for wanted in (name,) if name else MODELS:
         for path in found:
             if wanted in (path.parent.name, path.stem):
@@ -278,15 +267,11 @@ class CheckpointWriter:
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
         self.save_last()
 
-    def save_last(self) -> None:
-        """Write last.pt."""
-        self.save("last.pt")
-        self.saved = time.monotonic()
-
-    def save_if_older(self, seconds: float) -> None:
-        """`save_last`, if the last time is so long ago."""
-        if time.monotonic() - self.saved >= seconds:
-            self.save_last()
+    def save_last(self, pause: float = 0.0) -> None:
+        """Write last.pt, unless this was done in the last `pause` seconds."""
+        if time.monotonic() - self.saved >= pause:
+            self.save("last.pt")
+            self.saved = time.monotonic()
 
     def save(self, name: str) -> None:
         """Write the state to a file of the folder; before the first time, move another run aside."""

@@ -126,8 +126,7 @@ def load_corpus(
         try:
             return load_corpus("tinyshakespeare", make_tokenizer)
         except OSError as error:
-            say(f"WARNING: no TinyShakespeare: {error}")
-            say("WARNING: training on the documentation of Python instead (pydoc); for another text: --data FILE")
+            say(f"WARNING: no TinyShakespeare ({error}): this is pydoc, Python's documentation (or name a --data FILE)")
             return load_corpus("pydoc", make_tokenizer)
     names = [name] if isinstance(name, str) else list(name)
     if names == ["pydoc"]:
@@ -163,8 +162,8 @@ def lasting_path(name: str) -> Path:
         return path.resolve()
     content = path.read_bytes()
     copy = CACHE / f"piped-{hashlib.sha256(content).hexdigest()[:16]}.txt"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    copy.write_bytes(content)
+    with atomic_write(copy) as temporary:
+        temporary.write_bytes(content)
     say(f"{path} can be read only once: kept as {copy}")
     return copy
 
@@ -197,7 +196,6 @@ def load_files(texts: FileText, name: str, make_tokenizer: MakeTokenizer | None 
         check_seal(path)
     except (OSError, ValueError):
         say(f"{name}: encoding once into {path} ...")
-        CACHE.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             with open(temporary, "wb") as file:
                 file.writelines(tokenizer.encode(text) for text in texts)
@@ -267,25 +265,23 @@ class ShakespeareDataset(RowSource, torch.utils.data.Dataset):
     """
 
     def __init__(self, text: str | Tensor, tokenizer: Tokenizer, seq_length: int, stride: int = 1):
-        self.ids = torch.from_numpy(tokenizer.encode(text)) if isinstance(text, str) else text
-        self.tokenizer, self.seq_length, self.stride = tokenizer, seq_length, stride
-        if len(self.ids) < seq_length:
-            raise ValueError(f"a text of {len(self.ids)} tokens is too short for one window of {seq_length}")
-        self.rows_per_epoch = len(self.ids) / seq_length  # how many rows hold as many tokens as the text
-        lengths = 1.0 if tokenizer.is_exact else tokenizer.characters_per_token[self.ids.numpy()].mean()
+        self.ids = ids = torch.from_numpy(tokenizer.encode(text)) if isinstance(text, str) else text
+        if len(ids) < seq_length:
+            raise ValueError(f"a text of {len(ids)} tokens is too short for one window of {seq_length}")
+        self.windows, self.tokenizer = ids.unfold(0, seq_length, stride), tokenizer  # (N, T): a view of the ids
+        self.rows_per_epoch = len(ids) / seq_length  # how many rows hold as many tokens as the text
+        lengths = 1.0 if tokenizer.is_exact else tokenizer.characters_per_token[ids.numpy()].mean()
         self.characters_per_row = seq_length * float(lengths)
 
     def __len__(self) -> int:
-        return (len(self.ids) - self.seq_length) // self.stride + 1
+        return len(self.windows)
 
     def __getitem__(self, index: int) -> Tensor:
-        first = range(len(self))[index] * self.stride
-        return self.ids[first : first + self.seq_length].long()
+        return self.windows[index].long()
 
     def rows(self, indices: Tensor) -> Rows:
         """The windows of the given indices (B,)."""
-        positions = indices[:, None] * self.stride + torch.arange(self.seq_length)  # (B, T)
-        return window_rows(self.ids[positions].long(), self.tokenizer)
+        return window_rows(self.windows[indices].long(), self.tokenizer)
 
 
 class RowDataset(RowSource):

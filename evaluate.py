@@ -32,7 +32,7 @@ def main() -> None:
         refuse_without_effect(args, {"mode": mode, "models": models}, EvaluateRun)
         run = EvaluateRun(**given(args, EvaluateRun))
     with immediate_interrupt():  # torch is imported here, so that --help does not wait for it
-        from checkpoint import check_writable, find_checkpoints, pretrained_checkpoints
+        from checkpoint import check_writable, find_checkpoints
         from data import load_same_corpus
         from evaluation.report import print_report, write_report
         from evaluation.suite import evaluate, select_checkpoints
@@ -40,7 +40,8 @@ def main() -> None:
         from utils.devices import pick_device
 
     with parser.naming_flags():
-        paths = args.checkpoints or find_checkpoints(run.out) or ([] if args.out else pretrained_checkpoints())
+        paths = args.checkpoints or find_checkpoints(run.out)
+        paths = paths or ([] if args.out else find_checkpoints())
         if not paths:
             raise ValueError(f"no checkpoint under {run.out}/: train one with `python train.py`, or name its file")
         checkpoints = select_checkpoints(paths, pick_device(run.device))

@@ -38,11 +38,9 @@ class Tokenizer:
     def check_ids(self, ids) -> np.ndarray:
         """Ids (any sequence, array or tensor) as an array (n,). Raises ValueError unless all are in 0..vocab_size-1."""
         ids = np.asarray(ids).reshape(-1)
-        if len(ids) == 0:
-            return ids.astype(np.int64)
-        if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= self.vocab_size:
+        if len(ids) and not (np.issubdtype(ids.dtype, np.integer) and 0 <= ids.min() <= ids.max() < self.vocab_size):
             raise ValueError(f"ids must be integers in 0..{self.vocab_size - 1}, got {ids.min()}..{ids.max()}")
-        return ids
+        return ids.astype(np.int64)
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
         """Ids (any sequence, array or tensor) -> text; special tokens are left out unless asked for.

@@ -208,7 +208,7 @@ def train(args: argparse.Namespace) -> None:
 
         def after_step() -> None:
             if processes.is_main:
-                writer.save_if_older(60 * (args.save_every or TrainRun.save_every))
+                writer.save_last(60 * (args.save_every or TrainRun.save_every))
 
         signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         with deferred_interrupt(*signals) as stopping, progress(1, "train", processes.is_main) as update:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from autoregressive import exact_nll
-from checkpoint import Checkpoint, new_model, pretrained_checkpoints
+from checkpoint import Checkpoint, find_checkpoints, new_model
 from config import DecodingConfig, ModelConfig, SamplingConfig
 from data import Rows, load_same_corpus
 from evaluation.plots import kind
@@ -72,7 +72,7 @@ def percent(share: float, count: int) -> str:
 
 def held_out(args: argparse.Namespace, count: int) -> tuple[dict[str, Checkpoint], Rows]:
     """A LLaDA and a GPT, and `count` windows of text that neither was trained on; quick: a tenth of them."""
-    runs = select_checkpoints(args.checkpoints or pretrained_checkpoints(), "cpu")
+    runs = select_checkpoints(args.checkpoints or find_checkpoints(), "cpu")
     if len(runs) < len(MODELS):
         raise ValueError("two models are compared: name the checkpoints of a LLaDA and a GPT")
     runs["gpt"].model.never[END_ID] = True  # as LLaDA here

@@ -24,7 +24,7 @@ from generation.text import MASK_PATTERN, Config, GeneratorTransformer, pieces_o
 from generation.write import State, write
 from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
-from utils.console import counted, input_waits, print_out, progress, read_input, say
+from utils.console import counted, print_out, progress, say
 from utils.devices import compile_problem, memory_problem, pick_device
 from utils.errors import ArgumentError
 from utils.files import plain_text
@@ -112,13 +112,9 @@ def prepare(run: WriteRun, model: Transformer) -> None:
 
 
 def read_prompt(run: WriteRun) -> str:
-    """The text of --prompt, which `-` reads from standard input. Raises ArgumentError for text that waits there
-    unasked, and for a [MASK]."""
-    if run.prompt is None and input_waits():
-        problem = 'is not given, but standard input holds text: --prompt - reads it, --prompt "" does without'
-        raise ArgumentError("prompt", problem)
+    """The text of --prompt, which `-` reads from standard input. Raises ArgumentError for a [MASK] in it."""
     if run.prompt == "-":
-        return literal(plain_text(read_input(), "standard input").removesuffix("\n"))
+        return literal(plain_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n"))
     return literal(run.prompt or "")
 
 
@@ -220,7 +216,7 @@ def print_race(tasks: Sequence[Task]) -> None:
 def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> None:
     """--infill-file: the bytes of the file with its masks filled. All other bytes stay as they are."""
     source = "standard input" if str(run.infill_file) == "-" else str(run.infill_file)
-    content = read_input() if str(run.infill_file) == "-" else run.infill_file.read_bytes()
+    content = sys.stdin.buffer.read() if str(run.infill_file) == "-" else run.infill_file.read_bytes()
     plain_text(content, source)  # raises ValueError unless it is text
     text, tokenizer = content.decode(), writer.tokenizer
     start = writer.template_start(text, keep_unknown=True)

@@ -84,17 +84,22 @@ def test_merges_by_hand():
     assert not tokenizer.is_exact  # "aab" could also be a, a, b
 
 
-def test_special_tokens_and_bytes_come_first(bpe):
+def test_special_tokens_and_bytes_come_first_and_half_of_a_character_is_replaced(bpe):
     assert [bpe.id_to_char[i] for i in range(4)] == list(SPECIAL_TOKENS)
     assert sorted(bpe.bytes_of(np.array([i])) for i in range(4, 260)) == [bytes([byte]) for byte in range(256)]
     assert (bpe.vocab_size, bpe.dtype) == (600, np.uint16)
-    assert set(module.BYTE_OF) == set(pre_tokenizers.ByteLevel.alphabet())
+    ids = [START_ID, *bpe.encode("ab").tolist(), MASK_ID, END_ID]
+    assert bpe.decode(ids) == "ab"
+    assert bpe.decode(ids, skip_special_tokens=False) == "[START]ab[MASK][END]"
+    emoji = bpe.encode("🙂")
+    assert len(emoji) == 4
+    assert bpe.decode(emoji[:3]) == "\ufffd"
+    assert bpe.id_to_char[int(emoji[0])] == "\\xf0"
 
 
-def test_training_is_deterministic_and_takes_parts_of_text():
-    one, two, lines = (train_bpe(iter(texts), 400) for texts in ([PROSE], [PROSE], PROSE.splitlines(keepends=True)))
-    assert one.to_dict() == two.to_dict()
-    assert lines.vocab_size == 400
+def test_training_is_deterministic_and_takes_parts_of_text(bpe):
+    assert train_bpe(iter([PROSE]), 600).to_dict() == bpe.to_dict()
+    assert train_bpe(PROSE.splitlines(keepends=True), 400).vocab_size == 400
 
 
 @pytest.mark.parametrize("text", [PROSE, *HARD], ids=["prose", *map(str, range(len(HARD)))])
@@ -146,24 +151,11 @@ def test_parts_do_not_change_the_ids(split, newline, monkeypatch, read):
         (lambda: SMALL.encode("xxx\ud83d.", start=20), r"lone surrogate '\\ud83d' at position 23: not UTF-8 text"),
         (lambda: train_bpe(["\ud83d."], 300), "surrogates not allowed"),
         (lambda: train_bpe(["text"], 259), "vocab_size must be at least 260"),
-        (lambda: SMALL.decode([SMALL.vocab_size]), r"ids must be integers in 0\.\."),
-        (lambda: SMALL.decode([-1]), r"ids must be integers in 0\.\."),
     ],
 )
 def test_what_cannot_be_used_is_refused(use, problem):
     with pytest.raises(ValueError, match=problem):
         use()
-
-
-# ------------------------------------------------------------------------------------------------- decoding
-def test_special_tokens_are_left_out_unless_asked_for_and_half_of_a_character_is_replaced(bpe):
-    ids = [START_ID, *bpe.encode("ab").tolist(), MASK_ID, END_ID]
-    assert bpe.decode(ids) == "ab"
-    assert bpe.decode(ids, skip_special_tokens=False) == "[START]ab[MASK][END]"
-    emoji = bpe.encode("🙂")
-    assert len(emoji) == 4
-    assert bpe.decode(emoji[:3]) == "\ufffd"
-    assert bpe.id_to_char[int(emoji[0])] == "\\xf0"
 
 
 @examples
@@ -173,17 +165,6 @@ def test_streams_join_to_the_decoded_text(ids, size):
     decoder = StreamDecoder(SMALL)
     parts = [decoder.push(ids[start : start + size]) for start in range(0, len(ids), size)]
     assert "".join(parts) + decoder.flush() == SMALL.decode(ids)
-
-
-# ------------------------------------------------------------------------------------------------- checkpoints
-def test_state_is_plain_and_gives_the_same_tokenizer(bpe):
-    for tokenizer in (bpe, SimpleTokenizer("hello")):
-        state = json.loads(json.dumps(tokenizer.to_dict()))
-        again = type(tokenizer).from_dict(state)
-        assert again.to_dict() == tokenizer.to_dict()
-        assert again.id_to_char == tokenizer.id_to_char
-        with pytest.raises(ValueError, match="special tokens"):
-            type(tokenizer).from_dict({**state, "special_tokens": ["[PAD]"]})
 
 
 def test_without_the_library_there_is_one_line(monkeypatch):
@@ -234,26 +215,17 @@ def finished(model, pre_tokenizer=None) -> tokenizers.Tokenizer:
     return library
 
 
-def eats_spaces() -> tokenizers.Tokenizer:
-    library = byte_level(SPECIAL_TOKENS)
-    library.add_tokens([tokenizers.AddedToken("##", lstrip=True)])
-    return library
-
-
 LOSSY = {
-    "prefix space": lambda: finished(byte_level().model, pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "eats spaces": eats_spaces,
-    "some bytes": lambda: finished(
-        models.BPE({"x": 0, "Ġ": 1}, [], unk_token="x"), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    ),
-    "characters": lambda: finished(models.BPE({"x": 0, " ": 1, "y": 2}, [])),
+    "prefix space": (byte_level().model, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "some bytes": (models.BPE({"x": 0, "Ġ": 1}, [], unk_token="x"), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "characters": (models.BPE({"x": 0, " ": 1, "y": 2}, []), None),
 }
 
 
 @pytest.mark.parametrize("kind", LOSSY)
 def test_files_that_change_text_refuse_it(kind, read):
     with pytest.raises(ValueError, match=r"^'.*' at position \d+ does not survive encoding$"):
-        read(LOSSY[kind]()).encode("inner ## of the tokens", start=5)
+        read(finished(*LOSSY[kind])).encode("inner ## of the tokens", start=5)
 
 
 WORDS = finished(models.WordPiece({"[UNK]": 0, "x": 1}, unk_token="[UNK]")).to_str()

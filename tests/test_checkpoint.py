@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy import random_model
 
 import checkpoint
 from checkpoint import (
@@ -20,7 +21,6 @@ from checkpoint import (
     export_weights,
     find_checkpoints,
     load_checkpoint,
-    new_model,
     newest_checkpoint,
     save_checkpoint,
 )
@@ -32,14 +32,12 @@ from tokenizer import SimpleTokenizer
 from utils.files import seal, sha256_of
 
 TOKENS = torch.tensor([[4, 5, 6]])
-SIZES = {"block_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1, "ngram_rows": 101}
+SIZES = {"block_size": 8, "n_embd": 8, "n_layer": 1}
 
 
 def small(name: str = "gpt", tokenizer=SimpleTokenizer("abc"), **settings) -> Checkpoint:  # noqa: B008
-    """A small model with random weights, also where they start at zero."""
-    model = new_model(name, ModelConfig(tokenizer.vocab_size, **(SIZES | settings)))
-    for p in model.parameters():
-        p.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    """A small model with random weights."""
+    model = random_model(name, std=0.5, vocab_size=tokenizer.vocab_size, **SIZES | settings)
     corpus = {"name": "x", "sha256": "0", "val_fraction": 0.1}
     return Checkpoint(model, tokenizer, corpus, 3, [{"step": 3, "val_loss": 1.5}], {"generator": torch.arange(3)})
 
@@ -57,7 +55,7 @@ def test_round_trip(tmp_path, name, settings):
     assert torch.equal(torch.get_rng_state(), before)
     assert type(loaded.model) is type(saved.model)
     assert not loaded.model.training
-    assert torch.equal(loaded.model(TOKENS), saved.model.eval()(TOKENS))
+    assert torch.equal(loaded.model(TOKENS), saved.model(TOKENS))
     assert loaded.tokenizer.to_dict() == saved.tokenizer.to_dict()
     assert (loaded.corpus, loaded.step, loaded.history) == (saved.corpus, saved.step, saved.history)
     assert torch.equal(loaded.training["generator"], saved.training["generator"])
@@ -72,13 +70,14 @@ def adapted(base: Checkpoint) -> Checkpoint:
     for p in other.model.parameters():
         p.data += 0.1 if p.requires_grad else 0.0
     other.model.head.weight.data *= 1.5
+    other.model.eval()
     return other
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_exported_weights_are_those_of_the_model_in_half_precision_and_the_tables_in_8_bits(tmp_path, rank):
     saved = adapted(small()) if rank else small()
-    expected = saved.model.eval()(TOKENS)
+    expected = saved.model(TOKENS)
     export_weights(tmp_path / "x.pt", saved)
     loaded = load_checkpoint(tmp_path / "x.pt")
     assert loaded.model.config.lora_rank == 0
@@ -99,7 +98,7 @@ def test_adapters_alone_need_the_model_that_they_change_wherever_it_is(tmp_path)
     tuned = adapted(load_checkpoint(tmp_path / "base.pt"))
     note = {"path": str(tmp_path / "base.pt"), "sha256": sha256_of(tmp_path / "base.pt")}
     save_checkpoint(tmp_path / "a/adapters.pt", tuned, adapter_state(tuned.model), note)
-    expected = tuned.model.eval()(TOKENS)
+    expected = tuned.model(TOKENS)
     assert torch.equal(load_checkpoint(tmp_path / "a/adapters.pt", resuming=True).model(TOKENS), expected)
     loaded = load_checkpoint(tmp_path / "a/adapters.pt").model
     assert loaded.config.lora_rank == 0
@@ -113,16 +112,14 @@ def test_adapters_alone_need_the_model_that_they_change_wherever_it_is(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- files to refuse
-def test_files_that_are_no_checkpoints_are_named(tmp_path):
+def test_sealed_files_that_are_no_checkpoints_are_named(tmp_path):
+    """Without the seal: test_bad_input.py."""
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "empty.pt").touch()
-    (tmp_path / "sealed.pt").write_text("not a checkpoint")
     torch.save({"model": {}}, tmp_path / "other.pt")
     torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")  # unpickling it would run code
-    for name in ("sealed.pt", "other.pt", "pickle.pt"):
+    for name in ("text.pt", "other.pt", "pickle.pt"):
         seal(tmp_path / name)
-    for name in ("text.pt", "empty.pt", "sealed.pt", "other.pt", "pickle.pt", "missing.pt"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=f"{name}: not a .*checkpoint"):
             load_checkpoint(tmp_path / name)
 
 
@@ -162,14 +159,11 @@ HEAD = "head.weight"
         (altered("model", extra=torch.zeros(2)), "Unexpected key"),
         (altered("model", **{HEAD: torch.zeros(7, 9)}), "size mismatch"),
         (altered("model", **{HEAD: "weights"}), "of another version"),
-        (altered("model", **{HEAD: torch.full((7, 8), torch.nan)}), "head.weight is not finite"),
-        (altered("model", **{HEAD: torch.full((7, 8), torch.inf)}), "head.weight is not finite"),
         (altered("model", **{SCALE: torch.zeros(7, dtype=torch.float16)}), "must match the size"),
         (altered("config", n_expert=8), "n_expert"),
-        (altered("config", parallel=2), "parallel"),
         (altered("config", n_embd="8"), "of another version"),
         (altered("config", n_embd=9), "n_embd must be a multiple"),
-        (altered("config", n_embd=1 << 20), "GB of memory"),
+        (altered("config", n_embd=1 << 20), "of another version"),
         (altered("config", n_layer=3), "Missing key"),
         (altered("config", n_layer=10**9), "n_layer must be at most"),
         (altered("config", vocab_size=8), "7 tokens, its network 8"),
@@ -225,9 +219,14 @@ def test_a_run_that_goes_on_in_another_folder_has_a_best_there(tmp_path, is_take
     trainer = SimpleNamespace(history=history, checkpoint=lambda: replace(small(), history=history))
     if is_taken:
         save_checkpoint(tmp_path / "new/best.pt", small())
-    CheckpointWriter(trainer, tmp_path / "new", tmp_path / "old/last.pt").on_validation(history[-1])
+    writer = CheckpointWriter(trainer, tmp_path / "new", tmp_path / "old/last.pt")
+    writer.on_validation(history[-1])
     assert load_checkpoint(tmp_path / "new/best.pt").history == history
     assert (tmp_path / "new.1/best.pt").is_file() == is_taken
+    (tmp_path / "new/last.pt").unlink()
+    for pause in (60, 0):  # last.pt was written a moment ago
+        writer.save_last(pause)
+        assert (tmp_path / "new/last.pt").is_file() == (pause == 0)
 
 
 def test_runs_are_found_by_model_and_without_one_the_pretrained_unless_a_folder_was_named(tmp_path, monkeypatch):

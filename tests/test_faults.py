@@ -151,10 +151,10 @@ def test_what_is_killed_before_last_pt_is_written_is_done_again(call, tmp_path, 
     """When metrics.jsonl, and perhaps best.pt, are a validation ahead, and another file had been begun."""
     original, folder = CheckpointWriter.save_last, tmp_path / "out/llada"
 
-    def killed(writer):
+    def killed(writer, pause=0.0):
         if writer.trainer.step == 4:
             raise KeyboardInterrupt
-        original(writer)
+        original(writer, pause)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "save_last", killed)

@@ -383,21 +383,15 @@ def test_the_network_reads_masks_where_it_does_not_know_the_character():
     assert (state.texts[0] == template).tolist() == [True] * 4 + [False] * 3 + [True] * 2
 
 
-def test_piped_input_is_the_prompt_if_asked_for_and_else_refused(call, pipe):
+def test_piped_input_is_the_prompt_if_asked_for(call, pipe):
     pipe(b"\xef\xbb\xbfROMEO:\r\nthe\n")
     text = call("--prompt", "-", "--length", 8)[1]
     assert text.startswith("ROMEO:\nthe")
     assert len(text) == len("ROMEO:\nthe") + 8 + 1
     pipe(b"\xff")
     assert "standard input: not UTF-8 text (byte 0)" in call("--prompt", "-")[2]
-    pipe(b"ROMEO:\n")
-    code, text, notes = call("--length", 8)
-    assert (code, text) == (2, "")
-    assert "--prompt is not given, but standard input holds text: --prompt - reads it" in notes
-    assert len(call("--length", 8, "--prompt", "")[1]) == 9
-    for content in (b"", None):  # an empty pipe is no prompt, and an endless one is not waited for
-        pipe(content)
-        assert len(call("--length", 8)[1]) == 9
+    pipe(None)  # an endless one, which is not waited for
+    assert len(call("--length", 8)[1]) == 9
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])

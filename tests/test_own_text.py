@@ -77,6 +77,10 @@ def test_fine_tuning_keeps_old_characters_and_reports_forgetting(train, model):
     assert summary["params_trainable"] == summary["params"]
     assert summary["fine_tuning"]["new_after"] < summary["fine_tuning"]["new_before"]
     assert GeneratorTransformer(tuned.model, new).generate("Der König", max_out_tokens=3).startswith("Der König")
+    train("--data", "plays.txt", "--init-from", f"tuned/{model}", "--out", "again")
+    last = [load_checkpoint(f"{out}/{model}/last.pt") for out in ("out", "tuned", "again")]
+    assert [checkpoint.step for checkpoint in last] == [3, 6, 9], "of all runs: issue 24, point 9"
+    assert last[-1].history[-1]["step"] == 3
 
 
 @pytest.mark.parametrize("model", ["llada", "gpt"])
@@ -111,15 +115,6 @@ def test_adapters_keep_their_calibration(train, data):
     for name in ("best", "adapters"):
         head = load_checkpoint(f"tuned/gpt/{name}.pt").model.head.weight
         assert torch.allclose(head[: len(base)], base / temperature, rtol=1e-4)
-
-
-def test_steps_count_over_all_runs(train):
-    """Issue 24, point 9."""
-    train("--data", "plays.txt", *SIZES)
-    train("--data", "book.txt", "--init-from", "out/llada", "--out", "tuned")
-    train("--data", "plays.txt", "--init-from", "tuned/llada", "--out", "again")
-    assert [load_checkpoint(f"{out}/llada/last.pt").step for out in ("out", "tuned", "again")] == [3, 6, 9]
-    assert load_checkpoint("again/llada/last.pt").history[-1]["step"] == 3
 
 
 def test_forgetting_that_cannot_be_measured_is_one_line_and_a_flag_says_where_the_old_text_is(train, tmp_path):

@@ -1,7 +1,6 @@
-"""Flags in errors, argument types, progress, streams that are closed or broken, memory, devices, atomic writes."""
+"""Flags in errors, progress, streams that are closed or broken, memory, devices, atomic writes."""
 
 import argparse
-import io
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from utils import console, devices
-from utils.console import Parser, deferred_interrupt, input_waits, number, say
+from utils.console import Parser, deferred_interrupt, say
 from utils.devices import free_memory, pick_device
 from utils.errors import ArgumentError
 from utils.files import atomic_write
@@ -29,21 +28,6 @@ def test_argument_errors_become_flags_of_the_parser():
             raise ArgumentError(argument, "is wrong")
     with pytest.raises(ValueError, match=r"^n_embd is wrong$"), parser.naming_flags():
         raise ValueError("n_embd is wrong")  # words are not parsed: only an ArgumentError knows its argument
-
-
-@pytest.mark.parametrize(
-    ("kind", "bounds", "text", "problem"),
-    [
-        (int, {"low": 1}, "0", "must be at least 1, got 0"),
-        (int, {}, "1.5", "'1.5' is not a whole number"),
-        (float, {"above": 0}, "0", "must be greater than 0, got 0.0"),
-        (float, {"low": 0}, "nan", "must be finite, got nan"),
-        (float, {}, "x", "'x' is not a number"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(kind, bounds, text, problem):
-    with pytest.raises(argparse.ArgumentTypeError, match=problem):
-        number(kind, **bounds)(text)
 
 
 # ------------------------------------------------------------------------------------------------- progress
@@ -66,7 +50,7 @@ def test_progress_shows_the_pace_of_this_process_and_computes_only_notes_that_ar
         for completed in (500, 520, 600, 601):
             update(completed, note)
     assert computed == [0]
-    assert capsys.readouterr().err == "train: 60 %  0:01:20 left, loss 1\n"
+    assert capsys.readouterr().err == "train: 60 %, 0:01:20 left  loss 1\n"
 
 
 def test_on_a_terminal_progress_is_one_line_that_messages_replace(clock, monkeypatch, capsys):
@@ -74,12 +58,12 @@ def test_on_a_terminal_progress_is_one_line_that_messages_replace(clock, monkeyp
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "20")
     with console.progress(4, "train") as update:
-        update(1, "a note that is longer than the line")
+        update(1, lambda: "a note that is longer than the line")
         say("message")
-        update(2, "one")
-        update(3, "two")
+        update(2)
+        update(3)
     clear = "\r\x1b[K"
-    lines = f"train: 25 %  a note{clear}message\ntrain: 50 %  0:00:0{clear}train: 75 %  0:00:0{clear}"
+    lines = f"train: 25 %  a note{clear}message\ntrain: 50 %, 0:00:0{clear}train: 75 %, 0:00:0{clear}"
     assert capsys.readouterr().err == lines
 
 
@@ -113,25 +97,11 @@ def test_control_characters_are_shown_on_a_terminal_and_exact_elsewhere(monkeypa
     assert console.printable("\x1b[31m\x7f\x9b\udce9") == "\u241b[31m\u2421\ufffd\ufffd"
 
 
-def test_waiting_input_is_noticed_without_reading_it(monkeypatch):
-    reading, writing = os.pipe()
-    with open(__file__) as file, open(os.devnull) as nothing, open(reading) as pipe, open(writing, "w") as end:
-        for stream in (file, nothing, pipe, io.StringIO("text"), None):
-            monkeypatch.setattr(sys, "stdin", stream)
-            assert input_waits() is (stream is file)
-        monkeypatch.setattr(sys, "stdin", pipe)
-        end.write("text")
-        end.close()
-        assert input_waits()
-        assert pipe.read() == "text"
-        assert not input_waits()
-
-
 PROGRAM = """
-import time
-from utils.console import progress, read_input, run_program, say, print_out
+import sys, time
+from utils.console import progress, run_program, say, print_out
 def main():
-    say("read", len(read_input()), "bytes")
+    say("read", len(sys.stdin.read()), "characters")
     with progress(3, "work") as update:
         for i in range(3):
             update(i)
@@ -146,24 +116,20 @@ run_program(main)
 
 
 @pytest.mark.parametrize(
-    ("streams", "code", "is_done"),
+    ("streams", "is_done"),
     [
-        ("<&-", 0, True),
-        (">&-", 0, True),
-        ("2>&-", 0, True),
-        ("<&- >&- 2>&-", 0, True),
-        ("2>&1 >/dev/null | head -c 9", 0, True),  # the reader of the messages leaves: the work goes on
-        ("| head -c 9", 0, False),
-        ("2>&1 | head -c 9", 0, False),
+        *((streams, True) for streams in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-")),
+        ("2>&1 >/dev/null | head -c 9", True),  # the reader of the messages leaves: the work goes on
+        *((streams, False) for streams in ("| head -c 9", "2>&1 | head -c 9")),
     ],
 )
-def test_closed_and_broken_streams_make_no_traceback(tmp_path, streams, code, is_done):
+def test_closed_and_broken_streams_make_no_traceback(tmp_path, streams, is_done):
     shell = f'"$0" -c "$1" {streams}; exit ${{PIPESTATUS[0]}}'
     process = subprocess.run(
         ["bash", "-c", shell, sys.executable, PROGRAM], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
-    assert process.returncode == code, process.stderr
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "done").exists() == is_done
     assert "Traceback" not in process.stderr
     assert "Error" not in process.stderr + process.stdout
@@ -184,25 +150,20 @@ def test_a_loop_learns_which_signal_ends_it(number):
 # ------------------------------------------------------------------------------------------------- command lines
 @pytest.fixture
 def parser() -> Parser:
-    parser = Parser(prog="prog", examples="prog --top-k 5\nprog run")
-    parser.add_argument("--top-k", type=int, default=3)
-    parser.add_argument("--length", type=int)
-    parser.add_argument("--order", choices=("left", "confidence"))
+    parser = Parser(prog="prog", examples="prog run --top-k 5\nprog run")
+    run = parser.add_subparsers(dest="name").add_parser("run")
+    run.add_argument("--top-k", type=int)
+    run.add_argument("--length", type=int)
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    run.add_argument("--stop", action="append")
+    run.add_argument("--prompt")
     return parser
 
 
-@pytest.fixture
-def nested() -> Parser:
-    parser = Parser(prog="prog")
-    parser.add_subparsers(dest="name", metavar="NAME").add_parser("run").add_argument("--num-runs", type=int)
-    return parser
-
-
-def test_flags_may_have_underscores_and_values_keep_theirs(parser, nested):
-    assert parser.parse_args(["--top_k", "5"]).top_k == parser.parse_args(["--top_k=5"]).top_k == 5
-    assert nested.parse_args(["run", "--num_runs", "2"]).num_runs == 2
-    parser.add_argument("--prompt")
-    assert parser.parse_args(["--prompt=--top_k"]).prompt == "--top_k"
+def test_flags_may_have_underscores_and_values_keep_theirs(parser):
+    assert parser.parse_args(["run", "--top_k", "5"]).top_k == parser.parse_args(["run", "--top_k=5"]).top_k == 5
+    assert parser.parse_args(["run", "--prompt=--top_k"]).prompt == "--top_k"
+    assert parser.parse_args(["run", "--stop", "a_b", "--stop", "c"]).stop == ["a_b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -211,23 +172,22 @@ def test_flags_may_have_underscores_and_values_keep_theirs(parser, nested):
         ("--topk 5", "unrecognized arguments: --topk 5; did you mean --top-k?"),
         ("--num-steps 5", "unrecognized arguments: --num-steps 5 "),  # there is no --steps to suggest
         ("--top-k 5 --length 2 --top_k=6", "--top-k is given twice"),
-        ("run --num-rums", "prog run: error: unrecognized arguments: --num-rums; did you mean --num-runs?"),
-        ("rum", "argument NAME: 'rum' is not one of run; did you mean run?"),
-        ("--order conf", "argument --order: 'conf' is not one of left, confidence; did you mean confidence?"),
-        ("run away", "unrecognized arguments: away; put quotes around a text with spaces"),
+        ("--compile --no-compile", "--compile is given twice"),
+        ("away", "unrecognized arguments: away "),
+        ("--length x", "argument --length: invalid int value: 'x'"),
     ],
 )
-def test_errors_name_what_is_nearest(parser, nested, capsys, words, message):
+def test_errors_are_one_line_and_name_the_nearest_flag(parser, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
-        (nested if words.startswith("r") else parser).parse_args(words.split())
+        parser.parse_args(["run", *words.split()])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert len(error.splitlines()) == 1
-    assert message in error
+    assert error.startswith(f"prog run: error: {message}")
 
 
 def test_help_ends_with_the_examples(parser):
-    assert parser.format_help().endswith("\nexamples:\n  prog --top-k 5\n  prog run\n")
+    assert parser.format_help().endswith("\nexamples:\n  prog run --top-k 5\n  prog run\n")
 
 
 @pytest.mark.parametrize("program", ["train.py", "generate.py", "evaluate.py"])

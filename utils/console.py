@@ -5,6 +5,7 @@ On a terminal, and wherever they are quoted (messages, tables, reports), symbols
 """
 
 import argparse
+import difflib
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ SECONDS_PER_UPDATE, SECONDS_PER_LINE = 0.2, 10.0  # of a progress display: on a 
 HIDDEN = (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
 SYMBOLS = {code: chr(0x2400 + code) for code in range(0x20) if code not in (9, 10)}
 SYMBOLS |= {0x7F: "\u2421"} | dict.fromkeys(HIDDEN, "\ufffd")
-progress_is_shown = False  # on the last line of the terminal: the next message takes its place
+erase = ""  # what the next message begins with: on a terminal it takes the place of a progress display
 
 
 # ------------------------------------------------------------------------------------------------- text in and out
@@ -33,14 +34,16 @@ def say(*words, end: str = "\n") -> None:
 
     On a terminal lines break at spaces, where it would break them inside words. A command stays whole, to be copied.
     """
-    global progress_is_shown
-    start, progress_is_shown = "\r\x1b[K" if progress_is_shown else "", False
-    lines, width = printable(" ".join(map(str, words))).split("\n"), shutil.get_terminal_size().columns
-    if end and sys.stderr.isatty():
+    global erase
+    text = printable(" ".join(map(str, words)))
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
         wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-        lines = [line if len(line) <= width or "python " in line else wrapper.fill(line) for line in lines]
+        lines = [line if len(line) <= width or "python " in line else wrapper.fill(line) for line in text.split("\n")]
+        text = "\n".join(lines)
+    text, erase = erase + text, ""
     try:
-        print(start + "\n".join(lines), file=sys.stderr, flush=True, end=end)
+        print(text, file=sys.stderr, flush=True, end=end)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -69,23 +72,6 @@ def printable(text: str) -> str:
 def counted(count: int, noun: str) -> str:
     """A number and its noun: "1 step", "2,000 steps"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def read_input() -> bytes:
-    """All of standard input, to its end."""
-    if sys.stdin.isatty():
-        say("reading standard input; Ctrl-D ends it")
-    return sys.stdin.buffer.read()
-
-
-def input_waits() -> bool:
-    """Whether standard input is a file or a pipe with something to read. Reads nothing, and never blocks."""
-    with suppress(ImportError, AttributeError, OSError, ValueError):  # no standard input, or a system that cannot tell
-        import fcntl
-        import termios
-
-        return any(fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))) and not sys.stdin.isatty()
-    return False
 
 
 # ------------------------------------------------------------------------------------------------- the program
@@ -150,41 +136,30 @@ def deferred_interrupt(*signals: int) -> Iterator[Callable[[], int]]:
 
 # ------------------------------------------------------------------------------------------------- arguments
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage message, and suggest the nearest flag or choice.
+    """argparse whose errors are one line, without the usage message, and suggest the nearest flag.
 
     Flags may be typed with underscores, and only once, unless their action is "append". examples: command lines for the
     end of --help, one a line.
     """
 
     def __init__(self, *, examples: str = "", **settings):
-        lines = "\n  ".join(["examples:", *examples.strip().splitlines()]) if examples else None
+        lines = "examples:\n" + textwrap.indent(examples.strip(), "  ") if examples else None
         super().__init__(epilog=lines, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """As argparse's, but what is unknown is an error."""
-        words, given = list(sys.argv[1:] if args is None else args), set()
-        for i, word in enumerate(words):
-            flag, equals, value = word.partition("=")
-            flag = flag.replace("_", "-")
-            action = self._option_string_actions.get(flag)
-            if action is not None:
-                words[i] = flag + equals + value
-                if flag in given and not isinstance(action, argparse._AppendAction):
-                    self.error(f"{flag} is given twice")
-                given.add(flag)
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub(r"^--[\w-]+(?=$|=)", lambda flag: flag[0].replace("_", "-"), word) for word in words]
+        actions = [self._option_string_actions.get(word.partition("=")[0]) for word in words]
+        for action in filter(None, actions):
+            if actions.count(action) > 1 and not isinstance(action, argparse._AppendAction):
+                self.error(f"{action.option_strings[0]} is given twice")
         namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            flag = unknown[0].partition("=")[0].replace("_", "-")
-            hint = "; put quotes around a text with spaces"
-            hint = suggestion(flag, [*self._option_string_actions]) if flag.startswith("-") else hint
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace, unknown
-
-    def _check_value(self, action: argparse.Action, value) -> None:  # called by argparse for each value
-        if action.choices is not None and value not in action.choices:
-            names = list(map(str, action.choices))
-            problem = f"{value!r} is not one of {', '.join(names)}{suggestion(str(value), names)}"
-            raise argparse.ArgumentError(action, problem)
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog, f"{message} (see --help)")
@@ -199,15 +174,6 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"{[*flags, error.argument][0]} {error.problem}") from None
 
 
-def suggestion(word: str, names: Sequence[str]) -> str:
-    """A question that names the nearest of the names, or nothing if none is near."""
-    from difflib import get_close_matches
-
-    word = word.lower()
-    near = [name for name in names if name.startswith(word)] or get_close_matches(word, names, 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def number(kind: type, **bounds) -> Callable[[str], float]:
     """An argparse type: an int or float within `bounds`, which are those of `check_number`."""
 
@@ -217,11 +183,9 @@ def number(kind: type, **bounds) -> Callable[[str], float]:
             check_number("value", value, **bounds)
         except ArgumentError as error:
             raise argparse.ArgumentTypeError(error.problem) from None
-        except ValueError:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
         return value
 
+    parse.__name__ = kind.__name__  # which argparse puts into "invalid int value: 'x'"
     return parse
 
 
@@ -236,35 +200,35 @@ def valid_text(text: str) -> str:
 # ------------------------------------------------------------------------------------------------- progress
 @contextmanager
 def progress(total: float, what: str, visible: bool = True) -> Iterator[Callable]:
-    """Yield update(completed, note=""): a line that changes on a terminal, a new one every ten seconds elsewhere.
+    """Yield update(completed, note): a line that changes on a terminal, a new one every ten seconds elsewhere.
 
-    It shows the share that is done, the time left, and the note: a string, or a function that returns one and is called
-    only when the note is shown.
+    It shows the share that is done, the time left and note(), which is called only when it is shown.
     """
-    global progress_is_shown
     on_terminal, last, first = sys.stderr.isatty(), time.monotonic(), None
     pause = SECONDS_PER_UPDATE if on_terminal else SECONDS_PER_LINE
 
-    def update(completed: float, note: str | Callable[[], str] = "") -> None:
-        global progress_is_shown
+    def update(completed: float, note: Callable[[], str] = str) -> None:
+        global erase
         nonlocal last, first
         now = time.monotonic()
         first = first or (now, completed)  # what a resumed run had done before does not count
         if not visible or now - last < pause:
             return
-        last = now
-        words = [note() if callable(note) else note]
+        last, line = now, f"{what}: {100 * completed / total:.0f} %"
         if completed > first[1]:
             seconds = (now - first[0]) * (total - completed) / (completed - first[1])
-            words = [f"{timedelta(seconds=round(seconds))} left", *words]
-        line = f"{what}: {100 * completed / total:.0f} %  {', '.join(filter(None, words))}".rstrip()
-        say(line[: shutil.get_terminal_size().columns - 1] if on_terminal else line, end="" if on_terminal else "\n")
-        progress_is_shown = on_terminal
+            line += f", {timedelta(seconds=round(seconds))} left"
+        line = f"{line}  {note()}".rstrip()
+        if on_terminal:
+            say(line[: shutil.get_terminal_size().columns - 1], end="")
+            erase = "\r\x1b[K"
+        else:
+            say(line)
 
     try:
         yield update
     finally:
-        if progress_is_shown:
+        if erase:
             say(end="")
 
 

@@ -26,7 +26,6 @@ def download(path: Path, url: str, sha256: str, attempts: int = 3, timeout: floa
         except (requests.RequestException, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_bytes(response.content)
         return path

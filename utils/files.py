@@ -1,21 +1,19 @@
 """Files: written whole or not at all, locked, sealed, and read as text."""
 
-import codecs
 import gzip
 import hashlib
 import io
 import os
 import platform
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = CHUNK_CHARS = 1 << 24
 SEAL = b"\nSHA-256 %b\n"  # what `seal` appends to a file: the hex digest of all bytes before
 SEAL_BYTES = len(SEAL % (64 * b"0"))
-MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # how texts in them begin
 PACKED = {b"PK\3\4": "a zip (or .docx)", b"BZh": "packed by bzip2", b"\xfd7zX": "packed by xz", b"%PDF": "a PDF"}
 
 
@@ -24,10 +22,12 @@ PACKED = {b"PK\3\4": "a zip (or .docx)", b"BZh": "packed by bzip2", b"\xfd7zX": 
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` to write to; afterwards the file is fsynced and renamed to `path`.
 
-    `path` always holds the whole old content or the whole new one. If the block raises, `path` stays as it was and the
-    temporary file is deleted. An OSError without a file's name, such as that of a full disk, gets that of `path`.
+    Its folder is made unless it is there. `path` always holds the whole old content or the whole new one. If the block
+    raises, `path` stays as it was and the temporary file is deleted. An OSError without a file's name, such as that of
+    a full disk, gets that of `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -54,16 +54,13 @@ def locked(path: Path) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             advice = "wait for it, or choose another folder"
-            raise ValueError(f"{path} is held by {file.read().strip() or 'another process'}: {advice}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+            raise ValueError(f"{path} is held by {path.read_text() or 'another process'}: {advice}") from None
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
 
 
@@ -100,27 +97,28 @@ def plain_text(content: bytes, source: str) -> str:
 
     Raises ValueError that names the source, the first byte that is not UTF-8, and what converts it.
     """
-    return "".join(plain_chunks([content], source))
+    return "".join(text_chunks(io.BytesIO(content), source))
 
 
-def plain_chunks(chunks: Iterable[bytes], source: str) -> Iterator[str]:
-    """`plain_text` of bytes that come in chunks."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    start, end = b"", 0  # the first bytes, and how many have come
+def text_chunks(file: BinaryIO, source: str) -> Iterator[str]:
+    """`plain_text` of what is in a file, in chunks."""
     try:
-        for chunk in chunks:
-            start, end = start or chunk[:4], end + len(chunk)
-            if b"\0" in start[:2]:
-                raise ValueError(f"{source}: UTF-16 text without a byte order mark, or no text: convert it to UTF-8")
-            yield decoder.decode(chunk)
-        yield decoder.decode(b"", final=True)
+        start = file.read(4)
+        file.seek(0)
+        if b"\0" in start[:2]:
+            raise ValueError(f"{source}: UTF-16 text without a byte order mark, or no text: convert it to UTF-8")
+        text = io.TextIOWrapper(file, "utf-8-sig")
+        while chunk := text.read(CHUNK_CHARS):
+            yield chunk
     except UnicodeDecodeError as error:
-        byte = end - len(error.object) + error.start
-        kind = next((kind for mark, kind in MARKS.items() if start.startswith(mark)), "LATIN1")
-        conversion = f"if it is {kind}, convert it with iconv -f {kind} -t UTF-8 FILE > text.txt"
-        for mark in filter(start.startswith, PACKED):
-            conversion = f"it is {PACKED[mark]}: give the text that it holds"
-        raise ValueError(f"{source}: not UTF-8 text (byte {byte}): {conversion}") from None
+        byte = file.tell() - len(error.object) + error.start
+        encoding = "UTF-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
+        advice = f"if it is {encoding}, convert it with iconv -f {encoding} -t UTF-8 FILE > text.txt"
+        for packed in filter(start.startswith, PACKED):
+            advice = f"it is {PACKED[packed]}: give the text that it holds"
+        raise ValueError(f"{source}: not UTF-8 text (byte {byte}): {advice}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{source}: damaged: {error}") from None
 
 
 class FileText:
@@ -136,18 +134,9 @@ class FileText:
     def __iter__(self) -> Iterator[str]:
         end = self.separator  # of the text before
         for path in self.paths:
-            missing = self.separator[len(end) - len(end.rstrip("\n")) :]
-            for text in chain([missing], plain_chunks(read_chunks(path), str(path))):
-                end = (end + text)[-2:]
-                yield text
-
-
-def read_chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, decompressed if gzip compressed them."""
-    with open(path, "rb") as file:
-        stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
-        try:
-            while chunk := stream.read(CHUNK_BYTES):
-                yield chunk
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
+            yield self.separator[len(end) - len(end.rstrip("\n")) :]
+            with open(path, "rb") as file:
+                is_packed = file.peek(2)[:2] == b"\x1f\x8b"
+                for chunk in text_chunks(gzip.GzipFile(fileobj=file) if is_packed else file, str(path)):
+                    end = (end + chunk)[-2:]
+                    yield chunk
