@@ -146,12 +146,14 @@ class Recorder:
         self.history = History(label, [])
 
     def add(self, state: State) -> None:
-        """A frame for the state."""
+        """A frame for the state, unless the network looked at no mask."""
         looked, text = (state.masked[0] - self.first).tolist(), state.texts[0][self.first :].tolist()
         if not self.history.frames:
             given = [i for i, token in enumerate(self.before) if token != MASK_ID]
             end = max([-1, *given, *(looked if len(looked) > 1 else ())]) + 1
             self.history.start = [None if i == MASK_ID else self.token_of[i] for i in self.before[:end]]
+        if not looked:  # a window without masks
+            return
         values, ids = state.probabilities[0].topk(NUM_BELIEFS)  # (m, NUM_BELIEFS)
         beliefs = {
             position: tuple((self.token_of[j], p) for j, p in zip(*likeliest, strict=True) if p > 0)

@@ -145,9 +145,10 @@ class Task:
                 raise error if isinstance(error, ArgumentError) else ValueError(f"{self.label}: {error}") from None
         self.recorder = Recorder(self.start, writer.tokenizer, self.label, first=0 if self.prefix else self.known)
 
-    def pieces(self, view: View | None = None) -> Iterator[list[str]]:
-        """The next piece of each text. Keeps the last state, and the history of the first text if it is to be shown."""
-        run = self.run
+    def write(self, view: View | None = None, at_once: bool = False) -> list[str]:
+        """The texts; `at_once`: print the only one as it is written. Keeps the last state, and the history of the first
+        text if it is to be shown."""
+        run, rows = self.run, []
 
         def states() -> Iterator[State]:
             generator = torch.Generator().manual_seed(run.seed)
@@ -160,19 +161,19 @@ class Task:
                 yield state
 
         shown, length = [self.known] * run.num_samples, run.length if run.infill is None else None
-        return pieces_of(states(), self.writer.tokenizer, shown, self.config, run.stop or (), length)
+        for row in pieces_of(states(), self.writer.tokenizer, shown, self.config, run.stop or (), length):
+            rows.append(row)
+            print_out(row[0] if at_once else "")
+        return ["".join(parts) for parts in zip(*rows, strict=True)]
 
 
 def print_text(task: Task) -> None:
     """One text as it is written, or several at the end; the first is shown step by step, if asked for."""
-    run, rows = task.run, []
+    run = task.run
     at_once = run.num_samples == 1 and not run.watch
     print_out(task.prefix if at_once else "")
     with View(run.pause) if run.watch else nullcontext() as view:
-        for row in task.pieces(view):
-            rows.append(row)
-            print_out(row[0] if at_once else "")
-    texts = ["".join(parts) for parts in zip(*rows, strict=True)]
+        texts = task.write(view, at_once)
     if at_once:
         print_out("\n")
     elif run.num_samples > 1 or not text_stands():
@@ -198,7 +199,7 @@ def print_race(tasks: Sequence[Task]) -> None:
     texts = []
     for task in tasks:
         list(islice(write(task.writer.model, [task.start], task.config), WARM_UP_STEPS))
-        texts.append("".join(piece for [piece] in task.pieces()))
+        texts += task.write()
         say_speed(len(texts[-1]), task.state, f"{task.label} alone: ")
     race([task.recorder.history for task in tasks])
     if not text_stands():

@@ -59,7 +59,7 @@ def side_by_side(replays: Sequence[Replay], width: int, height: int = 0, now: fl
     columns = (width - DIVIDER * (len(replays) - 1)) // len(replays)
     table, titles = Table(box=MINIMAL, show_edge=False, show_header=False, pad_edge=False), []
     for replay in replays:
-        seconds = min(now, replay.history.frames[-1].seconds)
+        seconds = min(now, replay.history.frames[-1].seconds) if replay.history.frames else 0.0
         titles.append(f"{replay.history.label} {seconds:.2f} s, {counted(replay.frame.nfe, 'evaluation')}")
         table.add_column(width=columns, no_wrap=True)
     table.add_row(*titles, style="bold")
