@@ -14,7 +14,6 @@ python generate.py --prompt "ROMEO:" --length 500
 python generate.py --infill "ROMEO: [MASK*12] love [MASK*3-12]!" --watch
 python generate.py --race --prompt "ROMEO:" --html race.html
 python generate.py --infill-file letter.txt > filled.txt
-python generate.py --order confidence --threshold 0.9
 python generate.py --prompt "ROMEO:" --beams 5
 python generate.py --page model.html
 """

@@ -1,7 +1,7 @@
 """Histories as an animated GIF: characters stand where they stand in the finished text, so that nothing moves."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 from generation.history import SHADES, History, Replay, Run, Status
@@ -10,7 +10,7 @@ from utils.files import atomic_write
 
 WIDTH, MARGIN, GAP = 800, 20, 24  # pixels; GAP between texts that stand side by side
 PLAY_SECONDS, FIRST_SECONDS, LAST_SECONDS = 7.0, 0.8, 3.0
-FRAME_SECONDS = 0.06  # the least time between two images: what happens within it is shown together
+FRAMES = 100  # at most: what happens within PLAY_SECONDS / FRAMES is shown together
 BLENDS = 4  # between the colour of a letter and what is behind it: its smooth edges
 WHITE, INK, FAINT = (255, 255, 255), (26, 34, 48), (91, 102, 120)
 COLORS = {  # the letter, and what is behind it (SETTLED: a line below it) at probability 0 and 1
@@ -46,14 +46,13 @@ def write_gif(path: str | Path, histories: Sequence[History]) -> None:
 def moments(histories: Sequence[History]) -> list[tuple[float, list[int]]]:
     """What to show: (seconds on screen, the step of each history), from before the first step to after the last."""
     race = len(histories) > 1
-    times = [[frame.seconds if race else i + 1.0 for i, frame in enumerate(h.frames)] for h in histories]
-    end = max((clock[-1] for clock in times if clock), default=0.0) or 1.0
-    starts: dict[int, list[int]] = {}  # by slot of FRAME_SECONDS: the state at the end of the slot
-    for now in sorted({0.0, *(t for clock in times for t in clock)}):
-        starts[round(now / end * PLAY_SECONDS / FRAME_SECONDS)] = [sum(t <= now for t in clock) for clock in times]
-    seconds = [(b - a) * FRAME_SECONDS for a, b in pairwise(starts)] + [LAST_SECONDS]
-    seconds[0] += FIRST_SECONDS * (len(seconds) > 1)
-    return list(zip(seconds, starts.values(), strict=True))
+    clocks = [[frame.seconds if race else i for i, frame in enumerate(h.frames, 1)] for h in histories]
+    end = max(clock[-1] for clock in clocks)
+    steps = ([sum(t <= k / FRAMES * end for t in clock) for clock in clocks] for k in range(FRAMES + 1))
+    shown = [[PLAY_SECONDS / FRAMES * len(list(same)), now] for now, same in groupby(steps)]
+    shown[0][0] += FIRST_SECONDS
+    shown[-1][0] += LAST_SECONDS
+    return [*map(tuple, shown)]
 
 
 def images(histories: Sequence[History], moments: Sequence[list[int]]):

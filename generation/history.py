@@ -138,33 +138,32 @@ class Recorder:
     """Makes the `history` of the first text of a batch. start: its (T,) ids before the first step; those before `first`
     are left out.
 
-    A model that looks at one of several masks writes from left to right: its text begins without masks and grows.
+    A model that looks at one mask at a time writes from left to right: its text begins without masks and grows.
     """
 
     def __init__(self, start: Tensor, tokenizer: Tokenizer, label: str, first: int = 0):
         self.before, self.token_of, self.first = start[first:].tolist(), tokenizer.id_to_char, first
         self.history = History(label, [])
 
-    def add(self, state: State, seconds: float) -> None:
-        """A frame for the state, unless it is about other texts of the batch."""
+    def add(self, state: State) -> None:
+        """A frame for the state, unless the network looked at no mask."""
         looked, text = (state.masked[0] - self.first).tolist(), state.texts[0][self.first :].tolist()
         if not self.history.frames:
             given = [i for i, token in enumerate(self.before) if token != MASK_ID]
-            from_left = len(looked) == 1 < self.before.count(MASK_ID)
-            end = max([-1, *given, *(looked if not from_left else ())]) + 1
+            end = max([-1, *given, *(looked if len(looked) > 1 else ())]) + 1
             self.history.start = [None if i == MASK_ID else self.token_of[i] for i in self.before[:end]]
-        if not looked:
+        if not looked:  # a window without masks
             return
-        probabilities = dict(zip(looked, state.probabilities[0], strict=True))  # position -> (V,)
         values, ids = state.probabilities[0].topk(NUM_BELIEFS)  # (m, NUM_BELIEFS)
         beliefs = {
             position: tuple((self.token_of[j], p) for j, p in zip(*likeliest, strict=True) if p > 0)
             for position, *likeliest in zip(looked, ids.tolist(), values.tolist(), strict=True)
         }
+        probabilities = dict(zip(looked, state.probabilities[0], strict=True))  # position -> (V,)
         written = {  # what is cut behind an [END] follows from it
             i: (self.token_of[new], float(probabilities[i][new]) if i in probabilities else 1.0)
             for i, (old, new) in enumerate(zip(self.before, text, strict=True))
             if old != new
         }
-        self.history.frames.append(Frame(state.nfe, seconds, written, beliefs))
+        self.history.frames.append(Frame(state.nfe, state.seconds, written, beliefs))
         self.before = text

@@ -3,11 +3,10 @@
 import math
 import shlex
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
-from itertools import islice
+from contextlib import nullcontext
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from generation.text import MASK_PATTERN, Config, GeneratorTransformer, pieces_o
 from generation.write import State, write
 from model import Transformer
 from tokenizer import MASK_ID, SPECIAL_TOKENS
-from utils.console import counted, print_out, progress, say
+from utils.console import counted, print_out, say
 from utils.devices import compile_problem, memory_problem, pick_device
 from utils.errors import ArgumentError
 from utils.files import plain_text
@@ -47,10 +46,9 @@ def write_as_asked(args: Namespace, mode: str, name: str | None, settings: Seque
     configs = [writer.settings(**given(args, writer.config_class)) for writer in writers]
     prepare(run, writers[0].model)
     prompt = read_prompt(run) if run.infill is None and mode in ("text", "race", "beams", "top") else ""
-    first_line = (run.infill or prompt).strip().partition("\n")[0][:60]
-    title = " and ".join(LABELS[c.model.name] for c in checkpoints) + (f": {first_line}" if first_line else "")
-    command = shlex.join(["generate.py", *sys.argv[1:]])
-    about = f"{', '.join(str(short(c.path)) for c in checkpoints)}; seed {run.seed}; {command}"
+    title = " and ".join(LABELS[c.model.name] for c in checkpoints)
+    paths, command = ", ".join(short(c.path) for c in checkpoints), shlex.join(["generate.py", *sys.argv[1:]])
+    about = f"{paths}; seed {run.seed}; {command}"
     match mode:
         case "page":
             write_live_page(run.page, checkpoints, title, about)
@@ -87,9 +85,9 @@ def load(args: Namespace, name: str | None) -> Checkpoint:
     return checkpoint
 
 
-def short(path: Path) -> Path:
+def short(path: Path) -> str:
     """The path; of a model that comes with the project, from its folder."""
-    return path.relative_to(PRETRAINED.parent) if path.parent == PRETRAINED else path
+    return str(path.relative_to(PRETRAINED.parent) if path.parent == PRETRAINED else path)
 
 
 def best_loss(checkpoint: Checkpoint) -> float:
@@ -127,64 +125,58 @@ def literal(prompt: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- texts
 class Task:
-    """What one model is to write, and what it took. `prefix` is printed before the text that follows known ids."""
+    """What one model is to write. Its text follows `known` ids, for which `prefix` is printed, and holds `given`
+    characters of a template."""
 
     def __init__(self, writer: GeneratorTransformer, config: Config, run: WriteRun, prompt: str):
         self.writer, self.config, self.run, self.label = writer, config, run, LABELS[writer.model.name]
-        self.prefix, self.known, self.nfe, self.seconds = "", 0, 0, 0.0
+        self.prefix, self.known, self.given = writer.shown(prompt), 0, 0
         if run.infill is not None:
-            template = choose_lengths(run.infill, writer, config, run.seed)
-            self.start = writer.template_start(template)
+            self.start = writer.template_start(choose_lengths(run.infill, writer, config, run.seed))
             if not (self.start == MASK_ID).any():
                 raise ArgumentError("infill", NO_MASKS)
+            self.given = len(writer.tokenizer.decode(self.start[self.start != MASK_ID]))
         else:
-            opened, tokens = writer.opening(prompt), writer.tokens_for(run.length)
             try:
-                self.start, self.known = writer.prompt_start(opened, tokens)
+                self.start, self.known = writer.prompt_start(writer.opening(prompt), writer.tokens_for(run.length))
             except ValueError as error:  # an unknown character: which of two models does not know it?
                 raise error if isinstance(error, ArgumentError) else ValueError(f"{self.label}: {error}") from None
-            self.prefix = "" if writer.model.config.segments == "pairs" else prompt
         self.recorder = Recorder(self.start, writer.tokenizer, self.label, first=0 if self.prefix else self.known)
 
-    def states(self, view: View | None) -> Iterator[State]:
-        """Those of `write`. Keeps their cost, and the history of the first text if it is to be shown."""
-        starts, generator = [self.start] * self.run.num_samples, torch.Generator().manual_seed(self.run.seed)
-        begin = time.perf_counter()
-        for state in write(self.writer.model, starts, self.config, generator):
-            self.seconds, self.nfe = self.seconds + time.perf_counter() - begin, state.nfe
-            if self.run.watch or self.run.html or self.run.gif or self.run.race:
-                self.recorder.add(state, self.seconds)
-            if view:
-                view.show(self.recorder.history)
-            yield state
-            begin = time.perf_counter()
+    def write(self, view: View | None = None, at_once: bool = False) -> list[str]:
+        """The texts; `at_once`: print the only one as it is written. Keeps the last state, and the history of the first
+        text if it is to be shown."""
+        run, rows = self.run, []
 
-    def pieces(self, view: View | None = None) -> Iterator[list[str]]:
-        """The next piece of each text."""
-        run, shown = self.run, [self.known] * self.run.num_samples
-        length = run.length if run.infill is None else None
-        return pieces_of(self.states(view), self.writer.tokenizer, shown, self.config, run.stop or (), length)
+        def states() -> Iterator[State]:
+            generator = torch.Generator().manual_seed(run.seed)
+            for state in write(self.writer.model, [self.start] * run.num_samples, self.config, generator):
+                if run.watch or run.html or run.gif or run.race:
+                    self.recorder.add(state)
+                if view:
+                    view.show(self.recorder.history)
+                self.state = state
+                yield state
+
+        shown, length = [self.known] * run.num_samples, run.length if run.infill is None else None
+        for row in pieces_of(states(), self.writer.tokenizer, shown, self.config, run.stop or (), length):
+            rows.append(row)
+            print_out(row[0] if at_once else "")
+        return ["".join(parts) for parts in zip(*rows, strict=True)]
 
 
 def print_text(task: Task) -> None:
     """One text as it is written, or several at the end; the first is shown step by step, if asked for."""
-    run, rows = task.run, []
+    run = task.run
     at_once = run.num_samples == 1 and not run.watch
     print_out(task.prefix if at_once else "")
-    with closing(View(run.pause)) if run.watch else nullcontext() as view:
-        for row in task.pieces(view):
-            rows.append(row)
-            print_out(row[0] if at_once else "")
-        if view and run.num_samples == 1:
-            view.finish()
-    texts = ["".join(parts) for parts in zip(*rows, strict=True)]
+    with View(run.pause) if run.watch else nullcontext() as view:
+        texts = task.write(view, at_once)
     if at_once:
         print_out("\n")
     elif run.num_samples > 1 or not text_stands():
         print_texts([task.prefix + text for text in texts])
-    behind = task.start[task.known :]
-    given = len(task.writer.tokenizer.decode(behind[behind != MASK_ID]))
-    say_speed(sum(len(text) - given for text in texts), task.seconds, task.nfe)
+    say_speed(sum(len(text) - task.given for text in texts), task.state)
 
 
 def print_texts(texts: Sequence[str], name: str = "sample") -> None:
@@ -194,10 +186,10 @@ def print_texts(texts: Sequence[str], name: str = "sample") -> None:
         print_out(text, end="\n")
 
 
-def say_speed(characters: int, seconds: float, nfe: int, label: str = "") -> None:
+def say_speed(characters: int, state: State, label: str = "") -> None:
     """What was written and how fast, on standard error."""
-    speed = f"{characters / seconds:.0f} characters/s" if seconds else "nothing to do"
-    say(f"{label}{counted(characters, 'character')} in {seconds:.2f} s: {speed}, {counted(nfe, 'network evaluation')}")
+    speed = f"{characters / max(state.seconds, 1e-9):.0f} characters/s, {counted(state.nfe, 'network evaluation')}"
+    say(f"{label}{counted(characters, 'character')} in {state.seconds:.2f} s: {speed}")
 
 
 def print_race(tasks: Sequence[Task]) -> None:
@@ -205,8 +197,8 @@ def print_race(tasks: Sequence[Task]) -> None:
     texts = []
     for task in tasks:
         list(islice(write(task.writer.model, [task.start], task.config), WARM_UP_STEPS))
-        texts.append("".join(piece for [piece] in task.pieces()))
-        say_speed(len(texts[-1]), task.seconds, task.nfe, f"{task.label} alone: ")
+        texts += task.write()
+        say_speed(len(texts[-1]), task.state, f"{task.label} alone: ")
     race([task.recorder.history for task in tasks])
     if not text_stands():
         for task, text in zip(tasks, texts, strict=True):
@@ -225,12 +217,9 @@ def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> N
         raise ArgumentError("infill_file", f"{source} {NO_MASKS}")
     if unknown:
         say(f"{counted(unknown, 'character')} unknown to the model: left as they are, it reads [MASK] there")
-    begin, total = time.perf_counter(), int(masked.sum())
-    with progress(total, "fill") as update:
-        for state in write(writer.model, [start], config, torch.Generator().manual_seed(run.seed)):
-            update(total - int((state.texts[0] == MASK_ID).sum()))
+    *_, state = write(writer.model, [start], config, torch.Generator().manual_seed(run.seed))
     ids = state.texts[0][masked]
-    say_speed(len(tokenizer.decode(ids)), time.perf_counter() - begin, state.nfe)
+    say_speed(len(tokenizer.decode(ids)), state)
     tokens = iter(ids.tolist())
     filled = MASK_PATTERN.sub(lambda hole: tokenizer.decode(list(islice(tokens, int(hole[1] or 1)))), text)
     if sys.stdout.isatty():
@@ -241,21 +230,17 @@ def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> N
 
 # ------------------------------------------------------------------------------------------------- other modes
 def answer_prompts(writer: GeneratorTransformer, config: Config, run: WriteRun) -> None:
-    """--chat. Each answer has its own seed. A model of pairs sees the conversation, others only the latest prompt."""
-    answers, history = writer.model.config.segments == "pairs", []
+    """--chat. Each answer has its own seed, and depends on the latest prompt alone."""
+    pairs, seeds = writer.model.config.segments == "pairs", count(run.seed)
     limits = {"max_out_tokens": writer.tokens_for(run.length), "length": run.length, "stop": run.stop or ()}
 
     def answer(prompt: str) -> Iterator[str]:
-        seed, said = run.seed + len(history), ""
-        pieces = writer.stream([literal(prompt)], config, seed=seed, history=history, **limits)
-        yield "" if answers else prompt
-        for [piece] in pieces:
-            said += piece
-            yield piece
-        history.append((prompt, said))
+        pieces = writer.stream([literal(prompt)], config, seed=next(seeds), **limits)
+        yield writer.shown(prompt)
+        yield from (piece for [piece] in pieces)
 
     next(writer.stream([""], config, **limits))  # raises for settings that no turn would accept
-    chat(answer, "a prompt; the model answers it" if answers else "the beginning of a text; the model continues it")
+    chat(answer, "a prompt; the model answers it" if pairs else "the beginning of a text; the model continues it")
 
 
 def print_beams(writer: GeneratorTransformer, run: WriteRun, prompt: str, settings: dict) -> None:
@@ -266,8 +251,7 @@ def print_beams(writer: GeneratorTransformer, run: WriteRun, prompt: str, settin
     found = writer.beam_search(opened, run.beams, tokens, num_return=run.num_samples, **settings)
     for rank, (_, score) in enumerate(found, 1):
         say(f"beam {rank}: score {score:.4f}")
-    beginning = "" if writer.model.config.segments == "pairs" else prompt
-    print_texts([beginning + text[len(opened) :] for text, _ in found], "beam")
+    print_texts([writer.shown(prompt) + text[len(opened) :] for text, _ in found], "beam")
 
 
 def print_next_tokens(writer: GeneratorTransformer, run: WriteRun, prompt: str, settings: dict) -> None:
@@ -276,10 +260,7 @@ def print_next_tokens(writer: GeneratorTransformer, run: WriteRun, prompt: str, 
     def show(token: str) -> str:
         return token if token in SPECIAL_TOKENS else repr(token)
 
-    if run.infill is None:
-        start, _ = writer.prompt_start(prompt, 1)
-    else:
-        start = writer.template_start(run.infill)
+    start = writer.prompt_start(prompt, 1)[0] if run.infill is None else writer.template_start(run.infill)
     print_out("   ".join(f"{show(writer.tokenizer.id_to_char[i])} {i}" for i in start.tolist()), end="\n")
     for position, table in writer.likeliest(start, run.top, **settings):
         print_out(f"\n[MASK] at position {position}\n")

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from generation.history import NEWLINE, History, Replay, Run, Status
 from utils.console import counted, say
 
-PAUSE, PAUSES = 0.12, 50  # seconds that the first step is shown; how many of them delay all steps, at most
+PAUSES = 50  # how many pauses of the first step's length delay all steps, at most
 FRAME_SECONDS, DRAWING_SHARE = 1 / 50, 0.2  # between two drawings, at least; share of the time, at most
 REPLAY_SECONDS = 8.0  # of a race
 DIVIDER = 3  # columns between two texts
 STYLES = {
     Status.GIVEN: "bold color(33)",
     Status.MASKED: "dim",
-    Status.WRITTEN: "bold reverse",
-    Status.CORRECTED: "underline reverse",
+    Status.WRITTEN: "bold reverse ",
+    Status.CORRECTED: "underline reverse ",
     Status.SETTLED: "",
 }
 COLORS = ("color(167)", "color(173)", "color(137)", "color(71)")  # of the shades: red to green
@@ -40,8 +40,7 @@ def text_stands() -> bool:
 # ------------------------------------------------------------------------------------------------- drawing
 def style_of(run: Run) -> str:
     """Its rich style."""
-    colored = run.status not in (Status.GIVEN, Status.MASKED)
-    return f"{STYLES[run.status]} {COLORS[run.shade] if colored else ''}".strip()
+    return STYLES[run.status] if run.status in (Status.GIVEN, Status.MASKED) else STYLES[run.status] + COLORS[run.shade]
 
 
 def drawn(replay: Replay, columns: int, height: int = 0):
@@ -80,8 +79,7 @@ def screen():
 
 def draw(live, replays: Sequence[Replay], now: float = math.inf) -> None:
     """Show texts side by side, as much of them as fits."""
-    size = live.console.width, max(2, live.console.height - 1)
-    live.update(side_by_side(replays, *size, now), refresh=True)
+    live.update(side_by_side(replays, live.console.width, max(2, live.console.height - 1), now), refresh=True)
 
 
 def plain_line(replay: Replay, length: int = 400) -> str:
@@ -92,17 +90,14 @@ def plain_line(replay: Replay, length: int = 400) -> str:
 
 # ------------------------------------------------------------------------------------------------- the two views
 class View:
-    """A text while it is written, until it is closed; `show` after every step.
+    """A text while it is written, within a `with` block; `show` after every step. A finished text stays.
 
-    pause: seconds that the first step is shown, at least; each one is shown a little shorter than the one before, so
-    that all of them are delayed by PAUSES pauses at most. Whether to print the finished text: see `text_stands`.
+    pause: seconds that the first step is shown; each one is shown a little shorter than the one before, so that all of
+    them are delayed by PAUSES pauses at most. Whether to print the finished text: see `text_stands`.
     """
 
-    def __init__(self, pause: float = PAUSE):
-        self.pause, self.due, self.drawing_due, self.replay = pause, 0.0, 0.0, None
-        self.live = screen() if is_screen() else None
-        if self.live:
-            self.live.start()
+    def __init__(self, pause: float):
+        self.pause, self.due, self.replay, self.live = pause, 0.0, None, screen() if is_screen() else None
 
     def show(self, history: History) -> None:
         """Show the latest state, unless a drawing has just been made."""
@@ -110,25 +105,24 @@ class View:
         if self.live is None:
             say(plain_line(self.replay))
             return
-        time.sleep(max(0.0, self.due - time.monotonic()))
         start = time.monotonic()
-        if start >= self.drawing_due:
+        if start >= self.due:
             draw(self.live, [self.replay])
-            self.drawing_due = start + max(FRAME_SECONDS, (time.monotonic() - start) / DRAWING_SHARE)
-        self.due = time.monotonic() + self.pause
+            self.due = start + max(FRAME_SECONDS, (time.monotonic() - start) / DRAWING_SHARE)
+        time.sleep(self.pause)
         self.pause *= 1 - 1 / PAUSES
 
-    def finish(self) -> None:
-        """The text is complete and stays."""
-        if self.live and self.replay:
-            time.sleep(max(0.0, self.due - time.monotonic()))
-            self.live.stop()
-            finished = Replay(self.replay.history, whole=True).advance()
-            self.live.console.print(drawn(finished, self.live.console.width), soft_wrap=True)
+    def __enter__(self) -> "View":
+        if self.live:
+            self.live.start()
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, error, *_) -> None:
         if self.live:
             self.live.stop()
+        if self.live and self.replay and error is None:
+            finished = Replay(self.replay.history, whole=True).advance()
+            self.live.console.print(drawn(finished, self.live.console.width), soft_wrap=True)
 
 
 def race(histories: Sequence[History]) -> None:
@@ -136,7 +130,7 @@ def race(histories: Sequence[History]) -> None:
     if not is_screen():
         return
     replays, now = [Replay(history, whole=True) for history in histories], 0.0
-    end = max(history.frames[-1].seconds for history in histories if history.frames)
+    end = max(history.frames[-1].seconds for history in histories)
     say(f"{end:.2f} s are shown in {REPLAY_SECONDS:g} s")
     with screen() as live:
         start = time.monotonic()

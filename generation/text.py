@@ -13,7 +13,6 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -130,14 +129,7 @@ class GeneratorTransformer:
         return cls(checkpoint.model, checkpoint.tokenizer)
 
     def settings(self, **settings) -> Config:
-        """The settings of this kind of model; answers to pairs are the likeliest ones, unless a temperature is given.
-
-        Raises TypeError for a setting that the model does not have.
-        """
-        names = [f.name for f in fields(self.config_class)]
-        for name in settings:
-            if name not in names:
-                raise TypeError(f"{name!r} is not a setting of a {self.model.name} model: {', '.join(names)}")
+        """The settings of this kind of model; answers to pairs are the likeliest, unless a temperature is given."""
         answers = {"temperature": 0.0} if self.model.config.segments == "pairs" else {}
         return self.config_class(**answers | settings)
 
@@ -147,32 +139,22 @@ class GeneratorTransformer:
         ids = parse_template(template, self.tokenizer, keep_unknown)
         return ids if self.model.config.segments == "window" else F.pad(ids, (0, 1), value=END_ID)
 
-    def prompt_start(
-        self, prompt: str, max_out_tokens: int, history: Sequence[tuple[str, str]] = ()
-    ) -> tuple[Tensor, int]:
+    def prompt_start(self, prompt: str, max_out_tokens: int) -> tuple[Tensor, int]:
         """The start of a text that continues a prompt, taken literally: (T,) ids with max_out_tokens masks at the end,
         and how many ids are given. A model of texts that end has room for block_size - 1 tokens in all.
 
-        history: earlier prompts and completions of a conversation with a model of pairs, the newest of which stand
-        before the prompt, as many as leave half of the context. Raises ValueError for unknown characters, and
-        ArgumentError for a prompt that leaves no room.
+        Raises ValueError for unknown characters, and ArgumentError for a prompt that leaves no room.
         """
         check_number("max_out_tokens", max_out_tokens, low=0)
         given, size, segments = encode(prompt, self.tokenizer), self.model.config.block_size, self.model.config.segments
-        if segments == "window":
-            return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
         if segments == "pairs":
             given = F.pad(given, (0, 1), value=START_ID)
-        if len(given) > size - 2:
-            problem = f"takes {len(given)} tokens, which leaves no room to write in a context of {size}"
-            raise ArgumentError("prompt", f"{problem}: shorten it")
-        for earlier, completion in reversed(history if segments == "pairs" else ()):
-            asked, answered = encode(earlier, self.tokenizer), encode(completion, self.tokenizer)
-            pair = [*asked, START_ID, *answered, END_ID, START_ID]
-            if len(pair) + len(given) + min(max_out_tokens, size // 2) > size - 1:
-                break
-            given = torch.cat([torch.tensor(pair), given])
-        return F.pad(given, (0, min(max_out_tokens, size - 1 - len(given))), value=MASK_ID), len(given)
+        if segments != "window":
+            if len(given) > size - 2:
+                problem = f"takes {len(given)} tokens, which leaves no room to write in a context of {size}"
+                raise ArgumentError("prompt", f"{problem}: shorten it")
+            max_out_tokens = min(max_out_tokens, size - 1 - len(given))
+        return F.pad(given, (0, max_out_tokens), value=MASK_ID), len(given)
 
     def tokens_for(self, characters: int) -> int:
         """How many tokens hold a text of so many characters: of subwords about, rather too many than too few."""
@@ -187,16 +169,20 @@ class GeneratorTransformer:
         at_anywhere = self.model.config.segments == "window" and knows(self.tokenizer, "\n")
         return prompt or ("\n" if at_anywhere else "")
 
+    def shown(self, prompt: str) -> str:
+        """What a text shows of its prompt: an answer to a pair stands alone."""
+        return "" if self.model.config.segments == "pairs" else prompt
+
     # --------------------------------------------------------------------------------------------- texts
     def stream(
-        self, prompts: Sequence[str], config, *, max_out_tokens=MAX_OUT_TOKENS, seed=0, stop=(), history=(), length=None
+        self, prompts: Sequence[str], config, *, max_out_tokens=MAX_OUT_TOKENS, seed=0, stop=(), length=None
     ) -> Iterator[list[str]]:
         """Yield the next piece of each text as it is written, without the prompts; "" where there is none.
 
-        config: see `settings`. length: characters of a text, at most. history: see `prompt_start`.
+        config: see `settings`. length: characters of a text, at most.
         A text depends on its prompt, the seed and how many equal prompts stand before it, not on the rest of the batch.
         """
-        starts = [self.prompt_start(prompt, max_out_tokens, history) for prompt in prompts]
+        starts = [self.prompt_start(prompt, max_out_tokens) for prompt in prompts]
         states = write(self.model, [ids for ids, _ in starts], config, torch.Generator().manual_seed(seed))
         return pieces_of(states, self.tokenizer, [known for _, known in starts], config, stop, length)
 
@@ -206,7 +192,7 @@ class GeneratorTransformer:
         """The prompt and what the model writes after it; of a model of pairs, the completion alone."""
         arguments = {"max_out_tokens": max_out_tokens, "seed": seed, "stop": stop}
         pieces = self.stream([prompt], self.settings(**settings), **arguments)
-        return ("" if self.model.config.segments == "pairs" else prompt) + "".join(piece for [piece] in pieces)
+        return self.shown(prompt) + "".join(piece for [piece] in pieces)
 
     def infill(self, template: str | Sequence[str], *, seed: int = 0, **settings) -> str | list[str]:
         """LLaDA: a template, or several, with its masks filled: "ROMEO: [MASK*12] love [MASK*20]".
@@ -242,6 +228,6 @@ class GeneratorTransformer:
         tables = []
         for position, p in zip(state.masked[0].tolist(), state.probabilities[0], strict=True) if state else ():
             best = p.topk(min(k, int((p > 0).sum())))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            tables.append((position, [(self.tokenizer.id_to_char[i], q) for i, q in pairs]))
+            tokens = [self.tokenizer.id_to_char[i] for i in best.indices.tolist()]
+            tables.append((position, [*zip(tokens, best.values.tolist(), strict=True)]))
         return tables

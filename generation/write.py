@@ -7,6 +7,7 @@ reads the states need not know which model made them.
 Letters: B texts, T tokens, V vocabulary, n positions written at a step, m masked positions that the network saw.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,7 @@ class State:
     masked: list[Tensor]  # B of (m,): the positions for which the network gave probabilities at this step
     probabilities: list[Tensor]  # B of (m, V), float64: these probabilities
     nfe: int  # network evaluations so far, of all texts together
+    seconds: float = 0.0  # so far, without what the caller did between the steps
 
 
 def write(
@@ -51,7 +53,12 @@ def write(
     texts = [start.to("cpu", copy=True) for start in starts]
     if not texts or not all(map(len, texts)):
         raise ValueError("there is nothing to write: a text needs at least one character or [MASK]")
-    return (continue_texts if isinstance(model, GPT) else fill_texts)(model, texts, config, generator)
+    write_texts, seconds, begin = continue_texts if isinstance(model, GPT) else fill_texts, 0.0, time.perf_counter()
+    for state in write_texts(model, texts, config, generator):
+        seconds += time.perf_counter() - begin
+        state.seconds = seconds
+        yield state
+        begin = time.perf_counter()
 
 
 def state_of(texts: list[Tensor], rows: list[int], written, masked, probabilities, nfe: int) -> State:

@@ -4,7 +4,8 @@ import os
 import pty
 import re
 import threading
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from generation import GeneratorTransformer
 from generation import terminal as views
 from generation.gif import moments, write_gif
 from generation.history import Frame, History, Recorder, Replay, Run, Status, layout, visible
-from generation.terminal import PAUSE, View, plain_line, side_by_side, style_of, text_stands
+from generation.terminal import View, plain_line, side_by_side, style_of, text_stands
 from generation.write import write
 from model import MODELS
 from tokenizer import SimpleTokenizer
@@ -34,11 +35,12 @@ def recorded(name: str, prompt: str, length: int, view: View | None = None, firs
     start, _ = writer.prompt_start(prompt, length)
     recorder = Recorder(start, TOKENIZER, name, first)
     for state in write(writer.model, [start] * 2, writer.settings(**settings), seeded(1)):
-        recorder.add(state, 0.01 * (len(recorder.history.frames) + 1))
+        recorder.add(state)
         if view:
             view.show(recorder.history)
     text = [visible(TOKENIZER.id_to_char[i]) for i in state.texts[0].tolist()]
     cells = Replay(recorder.history).advance().cells
+    assert sorted(seconds := [frame.seconds for frame in recorder.history.frames]) == seconds
     assert [cell.text for cell in cells] == text[first:][: len(cells)]  # behind an [END] GPT writes no more
     return recorder.history
 
@@ -60,9 +62,9 @@ def plain(renderable, width: int = 80) -> list[str]:
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def left_on(output: str) -> str:
-    """What stands on a terminal after a view was erased, without styles."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", output.rpartition("\x1b[2K")[2])
+def drawings(output: str) -> list[str]:
+    """What a terminal showed, one after the other, without styles; the last stands there after a view was erased."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", output).split("\x1b[2K")
 
 
 @pytest.fixture
@@ -193,39 +195,16 @@ def test_what_is_drawn_fits_the_screen_and_shows_the_last_lines(size):
 
 
 # ------------------------------------------------------------------------------------------------- one text
-class FakeScreen:
-    """Keeps what is drawn; its own console."""
-
-    width, height = 80, 24
-
-    def __init__(self):
-        self.shown, self.left, self.console = [], None, self
-
-    def update(self, table, refresh: bool) -> None:
-        self.shown.append(plain(table))
-
-    def print(self, text, soft_wrap: bool) -> None:
-        self.left = plain(text)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    stop = __exit__
-
-
-@pytest.mark.parametrize(("length", "pause", "total"), [(16, PAUSE, 13.8 * PAUSE), (600, 0.1, 5.0), (9, 0, 0)])
-def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, length, pause, total):
-    whole, times, view = written_history("a" * length), [], View(pause)
-    history, view.live = History("LLaDA", whole.start), FakeScreen()
-    for frame in whole.frames:
-        history.frames.append(frame)
-        view.show(history)
-        times.append(clock[0])
-    view.finish()
-    assert "".join(view.live.left) == "a" * length
+@pytest.mark.parametrize(("length", "pause", "total"), [(16, 0.12, 13.8 * 0.12), (150, 0.1, 4.76), (9, 0, 0)])
+def test_each_step_delays_a_little_less_and_all_together_a_bounded_time(terminal, clock, length, pause, total):
+    whole, times = written_history("a" * length), []
+    history = History("LLaDA", whole.start)
+    with terminal() as output, View(pause) as view:
+        for frame in whole.frames:
+            history.frames.append(frame)
+            view.show(history)
+            times.append(clock[0])
+    assert "".join(drawings(output())[-1].split()) == "a" * length
     assert clock[0] == pytest.approx(total, rel=0.02)
     pauses = [b - a for a, b in pairwise(times)]
     assert all(b <= a + 1e-9 for a, b in pairwise(pauses))  # ever faster
@@ -233,62 +212,52 @@ def test_steps_stand_for_a_pause_and_all_together_for_a_bounded_time(clock, leng
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_finished_text_stands_once_at_the_end_of_the_terminal(terminal, name):
-    with terminal() as output, closing(View(pause=0.01)) as view:
+    with terminal() as output, View(pause=0.01) as view:
         assert text_stands()
-        history = recorded(name, "a\x1bb\n", 60, view)
-        view.finish()
+        history = recorded(name, "a\x1bb\n" * 9, 60, view)  # beyond the context: the first window has no masks
     text = "".join(cell.text for cell in Replay(history).advance().cells)
-    assert "".join(left_on(output()).split()) == "".join(text.split())
+    assert "".join(drawings(output())[-1].split()) == "".join(text.split())
     assert re.search(name + r" 0\.\d\d s, \d+ evaluations? ", output())
 
 
 def test_where_the_text_goes_and_what_a_terminal_without_colours_shows(terminal, monkeypatch):
     """A pipe gets it from the caller while the terminal keeps it too; a dumb terminal gets plain lines."""
-    with terminal() as output, redirect_stdout(StringIO()), closing(View(pause=0)) as view:
+    with terminal() as output, redirect_stdout(StringIO()), View(pause=0) as view:
         assert not text_stands()
         view.show(written_history("abc"))
-        view.finish()
-    assert left_on(output()).endswith("abc\n")
+    assert drawings(output())[-1].endswith("abc\n")
     monkeypatch.setenv("NO_COLOR", "1")
-    with terminal() as output, suppress(KeyboardInterrupt), closing(View(pause=0)) as view:
+    with terminal() as output, suppress(KeyboardInterrupt), View(pause=0) as view:
         view.show(written_history("abc"))
         raise KeyboardInterrupt
     assert "\x1b[1;7mc\x1b[0m" in output()  # the weights stay
     assert "38;5" not in output()
     assert output().rfind("\x1b[?25h") > output().rfind("\x1b[?25l")  # the cursor is given back
     monkeypatch.setenv("TERM", "dumb")
-    with terminal() as output, closing(View()) as view:
+    with terminal() as output, View(pause=0) as view:
         view.show(written_history("ab\nc"))
-        view.finish()
         assert not text_stands()
     assert output() == "   4 ab↵c\n"
 
 
 # ------------------------------------------------------------------------------------------------- race and animation
-def test_a_race_keeps_the_common_clock(clock, monkeypatch):
-    screen = FakeScreen()
-    monkeypatch.setattr(views, "screen", lambda: screen)
-    monkeypatch.setattr(views, "is_screen", lambda: True)
-    views.race([written_history("ab", "LLaDA", seconds=0.1), written_history("xyz" * 5, "GPT", seconds=0.1)])
-    assert clock[0] == pytest.approx(views.REPLAY_SECONDS, abs=0.1)
-    middle, end = ("\n".join(lines) for lines in (screen.shown[len(screen.shown) // 2], screen.left))
-    assert "LLaDA 0.20 s, 2 evaluations" in middle
-    assert re.search(r"GPT 0.7\d s, 7 evaluations", middle)
-    assert all(word in end for word in ("ab", "xyz" * 5, "GPT 1.50 s, 15 "))
-
-
-def test_a_race_on_a_terminal_leaves_both_texts(terminal, monkeypatch, capsys):
-    monkeypatch.setattr(views, "REPLAY_SECONDS", 0.3)
-    histories = [written_history("ab cd", label, masked=True) for label in "AB"]
+def test_a_race_keeps_the_common_clock_and_leaves_both_texts(terminal, clock, monkeypatch, capsys):
+    monkeypatch.setattr(views, "REPLAY_SECONDS", 1.0)
+    monkeypatch.setenv("COLUMNS", "80")
+    histories = [written_history("ab", "LLaDA"), written_history("xyz " * 5, "GPT")]
     with terminal() as output:
         views.race(histories)
-    assert left_on(output()).count("ab cd") == 2
+    assert clock[0] == pytest.approx(1.0, abs=0.03)
+    *shown, left = drawings(output())
+    assert any(re.match(r"LLaDA 0\.20 s, 2 evaluations +│ GPT 0\.7\d s, 7 evaluations", text) for text in shown)
+    assert all(word in left for word in ("ab ", "xyz " * 5, "LLaDA 0.20 s, 2 ", "GPT 2.00 s, 20 "))
     views.race(histories)
     assert capsys.readouterr().err == ""  # elsewhere there is nothing to see
 
 
 def test_an_animation_shows_one_text_in_equal_steps_and_a_race_on_its_clock(tmp_path):
     slow, fast = written_history("abcd", seconds=0.4), written_history("abcd", seconds=0.1)
+    slow.frames[0] = replace(slow.frames[0], seconds=0.05)
     seconds, steps = zip(*moments([slow]), strict=True)
     assert steps == ([0], [1], [2], [3], [4])
     assert max(seconds[1:-1]) == pytest.approx(min(seconds[1:-1]), abs=0.07)
