@@ -193,9 +193,6 @@ class TrainRun:
     resume: str | None = setting(
         None, "go on with this run (default: OUT/MODEL/last.pt)", nargs="?", const="", metavar="CHECKPOINT"
     )
-    old_data: str | None = setting(
-        None, "where the text of --init-from is now, to measure forgetting", metavar="NAME|FILE"
-    )
     save_every: float = setting(10.0, "save at least this often, besides at validations", above=0, metavar="MINUTES")
 
 

@@ -67,7 +67,8 @@ class Corpus:
         """Raise ValueError if a part of the text is shorter than one row."""
         if len(part) < (block_size if segments == "window" else 1):
             problem = f"{len(part)} tokens to {purpose} on are too few for one window of {block_size}"
-            raise ValueError(f"{problem}: use a longer text (--data), a smaller --block-size or another --val-fraction")
+            flags = "--block-size, --val-fraction or --calibration"
+            raise ValueError(f"{problem}: use a longer text (--data), or change {flags}")
 
     def dataset(self, part: Tensor, block_size: int, segments: str = "window", stride: int = 1) -> "RowSource":
         """The rows of a part for a model with a context of block_size tokens. Raises ValueError if there is none."""

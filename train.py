@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,15 +25,15 @@ from config import (
     given,
     gpu_preset,
     laptop_preset,
-    pretrained_preset,
     refuse_without_effect,
 )
 from utils.console import Parser, deferred_interrupt, immediate_interrupt, number, progress, run_program, say
-from utils.errors import ArgumentError
+from utils.errors import ArgumentError, check_number
 
 if TYPE_CHECKING:  # torch is imported after the arguments are parsed: --help is instant
     from checkpoint import Checkpoint
     from data import Corpus
+    from tokenizer import Tokenizer
     from trainer import Trainer
     from utils.processes import Processes
 
@@ -47,7 +49,7 @@ python train.py --init-from out/gpt/best.pt --data my_letters.txt --out letters
 """
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------------- settings
 def make_parser() -> Parser:
     """One flag for each setting that has a help text."""
     parser = Parser(description="Train LLaDA (masked diffusion) or GPT (causal) on a text.", examples=EXAMPLES)
@@ -57,105 +59,85 @@ def make_parser() -> Parser:
     return parser
 
 
-def given_settings(args: argparse.Namespace) -> dict:
-    """The fields of TrainConfig that the flags set."""
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given(args, TrainConfig).items()}
-    if any(name in settings for name in ENDS[:2]):  # one replaces the other
-        settings = dict.fromkeys(ENDS if "steps" in settings else ENDS[:2]) | settings
-    return settings | ({"segments": "pairs"} if args.pairs else {})
+def given_settings(args: argparse.Namespace, on_cuda: bool, source: "Checkpoint | None" = None) -> dict:
+    """The fields of TrainConfig that the flags and the device set.
+
+    source: the checkpoint that the run resumes or begins from. Raises ArgumentError for a flag that contradicts it.
+    """
+    settings = {"compile": on_cuda} | given(args, TrainConfig)
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    if args.steps or args.minutes:  # one replaces the other
+        settings = dict.fromkeys(ENDS if args.steps else ENDS[:2]) | settings
+    if args.pairs:
+        settings.setdefault("segments", "pairs")
+    if source is None:
+        return settings
+    fixed = {"preset": "its own", "tokenizer": "its own", "model": source.model.name}
+    if args.resume is not None:
+        fixed |= {name: value for name, value in source.training.get("config", {}).items() if name not in MOVABLE}
+    else:
+        fixed |= {name: getattr(source.model.config, name) for name in NETWORK}
+        check_number("block_size", args.block_size or 1, high=source.model.config.block_size)
+    for name, value in (settings | {"preset": args.preset}).items():
+        if name in fixed and value not in (None, fixed[name]):
+            problem = f"{value}: the run in {source.path} has {fixed[name]}, which cannot change: drop it"
+            raise ArgumentError(name, problem)
+    return settings
 
 
 def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None" = None) -> TrainConfig:
-    """The preset with the flags that were given. Raises ArgumentError if they do not fit together."""
-    settings = given_settings(args) | {"model": args.model or (base.model.name if base else MODELS[0])}
-    state = {"model": settings["model"], "arch": args.arch or "rotary", "tokenizer": args.tokenizer or "char"}
-    refuse_without_effect(args, state | {"pairs": None if args.pairs is None else "FILE"}, TrainConfig)
-    if args.pairs and args.segments:
-        raise ArgumentError("segments", "has no effect with --pairs: drop it")
-    if args.old_data and base is None:
-        raise ArgumentError("old_data", "needs --init-from")
-    kept = {"compile": on_cuda}
+    """A preset, or that of fine-tuning with the network of `base`, and the flags that were given.
+
+    Raises ArgumentError if they do not fit together.
+    """
+    settings = given_settings(args, on_cuda, base)
+    model = settings.setdefault("model", base.model.name if base else MODELS[0])
     if base is not None:
-        preset, kept = fine_tuning_preset(settings["model"]), kept | network_of(base, args)
-    elif args.preset == "pretrained":
-        preset = pretrained_preset(settings["model"])
+        network = base.model.config.to_dict()
+        if network["segments"] == "pairs":  # of this model and not of the new text
+            del network["segments"]
+        preset, settings = fine_tuning_preset(model), network | settings
     elif args.preset == "gpu" or (args.preset is None and on_cuda):
-        preset = gpu_preset(settings["model"])
+        preset = gpu_preset(model)
     else:
         minutes = args.minutes or (args.steps / LAPTOP_STEPS_PER_MINUTE if args.steps else LAPTOP_MINUTES)
-        preset = laptop_preset(settings["model"], minutes)
-    return replace(preset, **(kept | settings))
-
-
-def network_of(base: "Checkpoint", args: argparse.Namespace) -> dict:
-    """The settings of the network of --init-from. Raises ArgumentError for a flag that contradicts them."""
-    network = base.model.config
-    for name in (*NETWORK, "tokenizer", "preset"):
-        if getattr(args, name) is not None:
-            raise ArgumentError(name, f"comes with the model of {args.init_from}: drop it")
-    if args.model not in (None, base.model.name):
-        raise ArgumentError("model", f"{args.model}: {args.init_from} holds a {base.model.name} model")
-    if args.block_size and args.block_size > network.block_size:
-        raise ArgumentError("block_size", f"must be at most {network.block_size}, that of {args.init_from}")
-    names = (*NETWORK, "block_size", "dropout", "ngram_dropout", "segments")
-    return {name: getattr(network, name) for name in names if getattr(network, name) != "pairs"}
-
-
-def changed_settings(args: argparse.Namespace, checkpoint: "Checkpoint", on_cuda: bool = False) -> dict:
-    """The flags that change a run that is resumed. Raises ArgumentError for one that contradicts it."""
-    settings, config = given_settings(args), checkpoint.training.get("config", {})
-    if args.preset:
-        raise ArgumentError("preset", "has no effect when resuming: drop it")
-    for name, value in settings.items():
-        if name not in MOVABLE and config and value != config[name]:
-            problem = f"{value}: the run in {checkpoint.path} has {config[name]}, which cannot change: drop it"
-            raise ArgumentError(name, f"{problem} (--steps or --minutes may move the end)")
-    return {"compile": on_cuda} | {name: value for name, value in settings.items() if name in MOVABLE}
-
-
-def run_files(args: argparse.Namespace, model: str | None) -> tuple[Path, Path | None]:
-    """The run's folder, OUT/MODEL, and the checkpoint that --resume means, None for a new run.
-
-    Without --out, a run that is resumed by its name goes on where it is. model: None if only the file tells it.
-    """
-    from checkpoint import RUN_FILES, checkpoint_file
-
-    folder = (args.out or TrainRun.out) / (model or args.model or MODELS[0])
-    if not args.resume:
-        return folder, None if args.resume is None else folder / "last.pt"
-    named = checkpoint_file(args.resume, ("last.pt",))
-    return (named.parent if args.out is None and named.name in RUN_FILES else folder), named
+        preset = laptop_preset(model, minutes)
+    state = {name: settings.get(name, getattr(preset, name)) for name in ("model", "arch", "tokenizer")}
+    refuse_without_effect(args, state | {"pairs": None if args.pairs is None else "FILE"}, TrainConfig)
+    return replace(preset, **settings)
 
 
 # ------------------------------------------------------------------------------------------------- the run
-def load_training_corpus(config: TrainConfig, base: "Checkpoint | None" = None) -> "Corpus":
-    """The text or the pairs of a new run, with the tokenizer that it asks for; with a base, that of the base.
-
-    A base's tokenizer of characters learns the characters that it does not know.
-    """
-    from data import load_corpus, training_length, training_texts
+def make_tokenizer(config: TrainConfig, base: "Checkpoint | None", texts: Iterable[str]) -> "Tokenizer":
+    """That of a base, which learns the characters that it does not know, or subwords of the training part alone."""
+    from data import training_length, training_texts
     from tokenizer import SimpleTokenizer
 
-    def make_tokenizer(texts: Iterable[str]):
-        if base is not None:
-            known = base.tokenizer
-            return known.extended("".join(set().union(*texts))) if isinstance(known, SimpleTokenizer) else known
-        from extras.bpe import read_tokenizer, train_bpe
+    if base is not None:
+        is_exact = isinstance(base.tokenizer, SimpleTokenizer)
+        return base.tokenizer.extended("".join(set(chain.from_iterable(texts)))) if is_exact else base.tokenizer
+    from extras.bpe import read_tokenizer, train_bpe
 
-        if config.tokenizer != "bpe":
-            return read_tokenizer(config.tokenizer)
-        if config.pairs:  # texts are prompts and completions in turn
-            texts = list(texts)
-            return train_bpe(texts[: 2 * training_length(len(texts) // 2, config.val_fraction)], config.bpe_size)
+    if config.tokenizer != "bpe":
+        return read_tokenizer(config.tokenizer)
+    if not config.pairs:
         return train_bpe(training_texts(texts, config.val_fraction), config.bpe_size)
+    texts = list(texts)  # prompts and completions in turn
+    return train_bpe(texts[: 2 * training_length(len(texts) // 2, config.val_fraction)], config.bpe_size)
+
+
+def load_training_corpus(config: TrainConfig, base: "Checkpoint | None" = None) -> "Corpus":
+    """The text or the pairs of a new run. base: the checkpoint that it begins from, if any."""
+    from data import load_corpus
 
     if config.pairs:
         import extras.pairs  # noqa: F401 (it adds the kind of corpus)
-    known_by_characters = base is None and config.tokenizer == "char"
-    return load_corpus(config.pairs or config.data, None if known_by_characters else make_tokenizer, config.segments)
+    own_characters = base is None and config.tokenizer == "char"
+    tokenizer = None if own_characters else partial(make_tokenizer, config, base)
+    return load_corpus(config.pairs or config.data, tokenizer, config.segments)
 
 
-def start_run(args: argparse.Namespace, processes: "Processes") -> "Trainer":
+def start_run(args: argparse.Namespace, resumed: Path | None, processes: "Processes") -> "Trainer":
     """A new run, or the one to resume with its own settings: only its end may be moved, and how a step is computed."""
     from checkpoint import load_checkpoint
     from trainer import Trainer
@@ -165,21 +147,18 @@ def start_run(args: argparse.Namespace, processes: "Processes") -> "Trainer":
     if (on_cuda if args.compile is None else args.compile) and (problem := compile_problem(processes.device)):
         say(f"not compiled: {problem}")
         args.compile = False
-    if args.resume is not None:
-        checkpoint = load_checkpoint(run_files(args, None)[1], resuming=True)
-        return Trainer.resume(checkpoint, processes, **changed_settings(args, checkpoint, on_cuda))
+    if resumed is not None:
+        checkpoint = load_checkpoint(resumed, resuming=True)
+        return Trainer.resume(checkpoint, processes, **given_settings(args, on_cuda, checkpoint))
     base = load_checkpoint(args.init_from) if args.init_from else None
     config = new_config(args, on_cuda, base)
-    trainer = Trainer(config, load_training_corpus(config, base), processes, base=base)
-    if base is not None:
-        trainer.remember_base(base, args.old_data)
-    return trainer
+    return Trainer(config, load_training_corpus(config, base), processes, base=base)
 
 
 def train(args: argparse.Namespace) -> None:
     """Train, save, score."""
     with immediate_interrupt():
-        from checkpoint import CheckpointWriter, check_writable, export_weights, load_checkpoint, save_checkpoint
+        from checkpoint import RUN_FILES, CheckpointWriter, check_writable, checkpoint_file, export_weights
         from trainer import summarize
         from utils.devices import pick_device, tune_cpu
         from utils.processes import Processes
@@ -189,17 +168,19 @@ def train(args: argparse.Namespace) -> None:
             raise ArgumentError("export", f"{args.export} is a folder: name a file")
         check_writable("export", args.export.parent)
     tune_cpu()
-    processes = Processes(pick_device(args.device))
+    processes, runs, resumed = Processes(pick_device(args.device)), args.out or TrainRun.out, None
+    if args.resume is not None:
+        resumed = checkpoint_file(args.resume or runs / (args.model or MODELS[0]), ("last.pt",))
     with processes.joined(), ExitStack() as stack:
-        trainer = start_run(args, processes)
-        model = trainer.config.model
-        folder, resumed_from = run_files(args, model)
-        writer = CheckpointWriter(trainer, folder, resumed_from)
+        trainer = start_run(args, resumed, processes)
+        folder = runs / trainer.config.model
+        if resumed and args.out is None and resumed.name in RUN_FILES:  # a run that is named goes on where it is
+            folder = resumed.parent
+        writer = CheckpointWriter(trainer, folder, resumed)
         if processes.is_main:
             stack.enter_context(writer.opened())
-            parameters, looked_up = trainer.model.num_parameters(), trainer.model.num_looked_up()
-            share = f"{100 * looked_up / parameters:.0f} % of them rows of tables that are looked up"
-            say(f"{model}: {parameters:,} parameters ({share}) on {trainer.corpus.name}, {processes}")
+            parameters = f"{trainer.model.num_parameters():,} parameters"
+            say(f"{trainer.config.model}: {parameters} on {trainer.corpus.name}, {processes}")
 
         def on_validation(record: dict) -> None:
             if processes.is_main:
@@ -212,32 +193,27 @@ def train(args: argparse.Namespace) -> None:
 
         signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         with deferred_interrupt(*signals) as stopping, progress(1, "train", processes.is_main) as update:
-            session = trainer.train(on_validation, update, stopping, after_step)
-        if stopping() and processes.is_main:
-            writer.save_last()
-            say(f"stopped at step {trainer.step}; next: python {shlex.join(['train.py', '--resume', str(folder)])}")
+            trainer.train(on_validation, update, stopping, after_step)
         if stopping():
+            if processes.is_main:
+                writer.save_last()
+                command = shlex.join(["train.py", "--resume", str(folder)])
+                say(f"stopped at step {trainer.step}; next: python {command}")
             sys.exit(128 + stopping())
         if not processes.is_main:
             return
         if not writer.best.is_file():  # resumed in another folder, where nothing was left to do
             writer.on_validation(trainer.history[-1])
-        try:
-            best = load_checkpoint(writer.best, resuming=True)
-            if trainer.keep(best):
-                save_checkpoint(writer.best, best)
-            summary = summarize(trainer, session)
-        except KeyboardInterrupt:
-            say(f"{folder}/best.pt is complete; its final score is missing")
-            raise
+        best = trainer.keep(writer.best)
+        summary = summarize(trainer)
         writer.save_summary(summary)
-        say_summary(summary, best.history[-1], trainer)
-        adapters = "adapters.pt, " if trainer.config.lora_rank else ""
-        say(f"wrote {folder}/best.pt, last.pt, {adapters}metrics.jsonl, summary.json")
+        say_summary(summary, best.history[-1], trainer.config)
+        say(f"wrote best.pt, last.pt, metrics.jsonl and summary.json to {folder}")
         if args.export:
-            export_weights(args.export, load_checkpoint(writer.best))
+            export_weights(args.export, best)
             say(f"wrote {args.export}: {args.export.stat().st_size / 1e6:.1f} MB")
-        say(f"next: python {shlex.join(['generate.py', '--checkpoint', f'{folder}/best.pt'])}")
+        answer = ["--chat"] if trainer.config.segments == "pairs" else []  # to prompts, which such a model needs
+        say(f"next: python {shlex.join(['generate.py', '--checkpoint', f'{folder}/best.pt', *answer])}")
 
 
 # ------------------------------------------------------------------------------------------------- messages
@@ -251,33 +227,27 @@ def say_record(record: dict, trainer: "Trainer") -> None:
     say(f"{line} nats/char")
 
 
-def say_summary(summary: dict, best: dict, trainer: "Trainer") -> None:
+def say_summary(summary: dict, best: dict, config: TrainConfig) -> None:
     """What the run cost, the score of best.pt, and what was missing. best: the last record of its history."""
-    config = trainer.config
-    say("{steps:,} steps in {seconds:,.0f} s, {tokens_per_second:,.0f} tokens/s: {characters:,} characters were read, "
-        "{epochs:.1f} times the text".format(**summary))  # fmt: skip
+    cost = "{steps:,} steps in {seconds:,.0f} s, {characters:,} characters read: {epochs:.1f} times the text"
+    say(cost.format(**summary))
     if "temperature" in best:
-        name = trainer.objective.scores[-1]
-        change = f"{name} {best[name]:.4f} -> {best[f'calibrated_{name}']:.4f}"
-        say(f"best.pt: step {best['step']}, calibrated at temperature {best['temperature']:.3f} ({change})")
+        say("best.pt: step {step}, calibrated at temperature {temperature:.3f}".format(**best))
     kind = "upper bound" if summary["is_bound"] else "exact"
     line = "validation of best.pt: {nats_per_char:.4f} nats/char, {kind}, on {chars:,} characters"
     line += " (95 % interval {:.4f}..{:.4f} over windows)".format(*summary["ci95"]) if summary["ci95"] else ""
     line += f": as unsure as among {math.exp(summary['nats_per_char']):.1f} characters"
     say(line.format(kind=kind, **summary))
-    if change := summary["fine_tuning"]:
-        say("fine-tuning trained {params_trainable:,} of {params:,} parameters".format(**summary))
-        say("the new text: {new_before:.4f} before, {new_after:.4f} after".format(**change))
-        if change["old_after"] is not None:
-            say("the old text: {old_before:.4f} before, {old_after:.4f} after".format(**change))
+    if tuned := summary["fine_tuning"]:
+        trained = "fine-tuning trained {params_trainable:,} of {params:,} parameters".format(**summary)
+        say(f"{trained}; the new text was {tuned['new_before']:.4f} nats/char before")
     if summary["overfitting_since"]:
-        say("overfitting since step {overfitting_since}, which is what best.pt holds: end there (--steps), or use a "
-            "longer text".format(**summary))  # fmt: skip
+        advice = "end there (--steps), or use a longer text"
+        say(f"overfitting since step {summary['overfitting_since']}, which is what best.pt holds: {advice}")
     usual = LAPTOP_STEPS_PER_MINUTE * (config.minutes or 0)
-    if not change and summary["epochs"] < (config.epochs or math.inf) and summary["steps"] < usual / 2:
-        more = math.ceil(config.minutes * usual / summary["steps"])
-        say(f"this run lacked steps: {summary['steps']:,}, where a usual laptop makes about {usual:,.0f} in "
-            f"{config.minutes:g} minutes; here --minutes {more} would make as many")  # fmt: skip
+    if not tuned and summary["epochs"] < (config.epochs or math.inf) and summary["steps"] < usual / 2:
+        minutes = math.ceil(config.minutes * usual / summary["steps"])
+        say(f"the run lacked steps: a usual laptop makes {usual:,.0f} in this time; here --minutes {minutes} would do")
 
 
 def main() -> None:

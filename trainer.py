@@ -10,19 +10,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import singledispatch
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from autoregressive import CausalObjective
-from checkpoint import Checkpoint, continued, deciding_loss, new_model
+from checkpoint import Checkpoint, continued, deciding_loss, load_checkpoint, new_model, save_checkpoint
 from config import ModelConfig, TrainConfig
 from data import Corpus, Rows, load_same_corpus, window_rows
 from diffusion import DiffusionObjective
 from likelihood import Likelihood
-from model import GPT, LLaDAModel, Transformer, least_bytes
+from model import GPT, Transformer, least_bytes
 from optim import build_optimizers, learning_rate_factor, set_learning_rate
 from utils.console import say
 from utils.devices import memory_problem
@@ -40,21 +40,9 @@ LOGITS_AT_ONCE = 1 << 24  # numbers, at most, where rows are scored: what bounds
 OVERFITTING = 1.01  # of the best loss: more than this share above it is no noise
 
 
-# ------------------------------------------------------------------------------------------------- objectives
-@singledispatch
 def objective_of(model: Transformer, sweep_share: float = 0.0) -> DiffusionObjective | CausalObjective:
     """What a model is trained for and scored by."""
-    raise TypeError(f"no objective for {type(model).__name__}")
-
-
-@objective_of.register
-def _(model: LLaDAModel, sweep_share: float = 0.0) -> DiffusionObjective:
-    return DiffusionObjective(sweep_share)
-
-
-@objective_of.register
-def _(model: GPT, sweep_share: float = 0.0) -> CausalObjective:
-    return CausalObjective()
+    return CausalObjective() if isinstance(model, GPT) else DiffusionObjective(sweep_share)
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -83,7 +71,6 @@ class Trainer:
         self.history: list[dict] = []
         self.losses: list[Tensor] = []
         self.base_steps = base.step if base else 0
-        self.fine_tuning: dict | None = None
         micro_batches = processes.world * config.accumulate
         if config.batch_size % micro_batches:
             raise ArgumentError("batch_size", f"{config.batch_size} is not a multiple of {micro_batches} micro-batches")
@@ -105,51 +92,26 @@ class Trainer:
         if config.compile:
             self.model.encoder.compile()
         self.replica = processes.replicate(self.model)  # its gradients are averaged over the processes
+        self.fine_tuning: dict | None = None  # the checkpoint that this run began from, and its score on the new text
+        if base:
+            file = {"path": str(base.path.resolve()), "sha256": sha256_of(base.path)}
+            self.fine_tuning = {"base": file, "new_before": self.score().nats_per_char}
 
     def split_corpus(self) -> None:
         """Set the rows to train on, to calibrate and to validate on."""
         config, T = self.config, self.config.block_size
         train_part, self.val_part = self.corpus.split(config.val_fraction)
-        self.corpus.check_part(train_part, "train", T, config.segments)
-        self.corpus.check_part(self.val_part, "validate", T, config.segments)
         held_out = int(config.calibration * len(train_part))
         held_out = held_out if held_out >= T else 0  # less than one window is too little
-        if config.segments == "window" and len(train_part) - held_out < T:
-            problem = f"{config.calibration} leaves {len(train_part) - held_out} characters to train on, too few for "
-            raise ArgumentError("calibration", f"{problem}one window of {T}: hold out less, or use a longer text")
         # Hold out the beginning of the text. Its end is from the same play as the validation part and shares its names,
         # so it is worth most for training.
         calibration_part, train_part = train_part[:held_out], train_part[held_out:]
+        self.corpus.check_part(train_part, "train", T, config.segments)
+        self.corpus.check_part(self.val_part, "validate", T, config.segments)
         self.train_set = self.corpus.dataset(train_part, T, config.segments)
         self.val_rows = self.corpus.validation_rows(self.val_part, T, config.segments, VALIDATION_CHARS)[0]
         rows = self.corpus.validation_rows(calibration_part, T, config.segments, VALIDATION_CHARS) if held_out else []
         self.calibration_rows = rows[0] if rows else None
-
-    def remember_base(self, base: Checkpoint, old_data: str | None = None) -> None:
-        """Score the model that this run begins from on the new text and, if it is still here, on the old one.
-
-        old_data: where the old text is now (None: where it was).
-        """
-        self.fine_tuning = {
-            "base": {"path": str(base.path.resolve()), "sha256": sha256_of(base.path)},
-            "old_corpus": base.corpus | ({"name": old_data} if old_data else {}),
-            "old_segments": base.model.config.segments,
-        }
-        self.fine_tuning["old_before"] = self.old_loss()
-        self.fine_tuning["new_before"] = self.score().nats_per_char
-
-    def old_loss(self) -> float | None:
-        """Loss on the validation part of the text that the base was trained on, nats/char; None if it is not here."""
-        known, segments = self.fine_tuning["old_corpus"], self.fine_tuning["old_segments"]
-        try:
-            corpus = load_same_corpus(known, segments, self.corpus.tokenizer)
-        except (OSError, ValueError) as error:
-            problem = getattr(error, "problem", str(error)).partition("\n")[0]
-            say(f"forgetting is not measured ({problem}): --old-data names the text that the model was trained on")
-            return None
-        part = corpus.split(known["val_fraction"])[1]
-        rows = corpus.validation_rows(part, self.config.block_size, segments, FINAL_CHARS)
-        return score_rows(self.model, rows).nats_per_char
 
     # --------------------------------------------------------------------------------------------- quantities
     @property
@@ -186,14 +148,13 @@ class Trainer:
         update: Callable[[float, Callable[[], str]], None] = lambda done, status: None,
         stopping: Callable[[], bool] = lambda: False,
         after_step: Callable[[], None] = lambda: None,
-    ) -> dict[str, float]:
+    ) -> None:
         """Train to the end of the run, or until stopping() after a step. Time is counted from here.
 
-        Returns tokens_per_second and flops_per_second of this call. on_validation(record) is called for each new
-        record of the history, update(done, status) after each step, and after_step() after its validation, if any: only
-        there can the state be saved.
+        on_validation(record) is called for each new record of the history, update(done, status) after each step, and
+        after_step() after its validation, if any: only there can the state be saved.
         """
-        step, flops, self.began = self.step, self.flops, self.clock()
+        self.began = self.clock()
         eval_every = self.config.eval_every or (self.config.steps and max(1, self.config.steps // VALIDATIONS))
         done = self.done()
         next_validation = done + 1 / VALIDATIONS
@@ -209,11 +170,6 @@ class Trainer:
                 self.history.append(self.validation_record())
                 on_validation(self.history[-1])
             after_step()
-        seconds = max(self.clock() - self.began, 1e-9)
-        return {
-            "tokens_per_second": (self.step - step) * self.tokens_per_step / seconds,
-            "flops_per_second": (self.flops - flops) / seconds,
-        }
 
     def sample_rows(self, done: float) -> Rows:
         """A global batch of random rows of the training text for the next step, `done` of the run being over.
@@ -309,19 +265,22 @@ class Trainer:
             p.mul_(scale)
         return 1 / scale.item()
 
-    def keep(self, best: Checkpoint) -> bool:
-        """At the end, continue with what is kept, best.pt, and calibrate it; whether that has changed it."""
+    def keep(self, path: Path) -> Checkpoint:
+        """At the end, continue with what is kept, best.pt; unless it is calibrated, calibrate it and write it again."""
+        best = load_checkpoint(path, resuming=True)
         self.model = best.model.to(self.processes.device)
-        if self.calibration_rows is None or "temperature" in best.history[-1]:
-            return False
-        best.history[-1]["temperature"] = self.calibrate()
-        best.history[-1] |= {f"calibrated_{name}": self.validate(name) for name in self.objective.scores}
-        return True
+        if self.calibration_rows is not None and "temperature" not in best.history[-1]:
+            best.history[-1]["temperature"] = self.calibrate()
+            best.history[-1] |= {f"calibrated_{name}": self.validate(name) for name in self.objective.scores}
+            save_checkpoint(path, best)
+        return best
 
     def score(self) -> Likelihood:
         """Exact (GPT) or upper bound (LLaDA) on the whole validation part, or on about FINAL_CHARS tokens of it."""
         rows = self.corpus.validation_rows(self.val_part, self.config.block_size, self.config.segments, FINAL_CHARS)
-        return score_rows(self.model, rows)
+        say(f"scoring {sum(int(part.characters.sum()) for part in rows):,} characters")
+        rows, size = [part.to(self.model.device) for part in rows], scoring_batch_size(self.model)
+        return self.objective.likelihood(self.model.eval(), rows, pairs=FINAL_PAIRS, batch_size=size)
 
     # --------------------------------------------------------------------------------------------- checkpoints
     def checkpoint(self) -> Checkpoint:
@@ -370,7 +329,7 @@ class Trainer:
         return self
 
 
-# ------------------------------------------------------------------------------------------------- memory and scores
+# ------------------------------------------------------------------------------------------------- memory and score
 def check_memory(config: TrainConfig, network: ModelConfig, processes: Processes) -> None:
     """Raise ArgumentError, before anything is allocated, for sizes that this machine has no memory for.
 
@@ -397,47 +356,25 @@ def scoring_batch_size(model: Transformer) -> int:
     return max(1, min(32 if model.device.type == "cpu" else 256, rows))
 
 
-def score_rows(model: Transformer, batches: list[Rows]) -> Likelihood:
-    """Exact (GPT) or upper bound (LLaDA) on rows."""
-    say(f"scoring {sum(int(rows.characters.sum()) for rows in batches):,} characters")
-    rows, size = [part.to(model.device) for part in batches], scoring_batch_size(model)
-    return objective_of(model).likelihood(model.eval(), rows, pairs=FINAL_PAIRS, batch_size=size)
-
-
-def overfitting_since(history: list[dict]) -> int | None:
-    """The step of the best validation, if the loss has risen since; else None.
-
-    >>> overfitting_since([{"step": 7, "val_loss": 2.4}, {"step": 9, "val_loss": 4.8}])
-    7
-    """
-    best = min(history, key=deciding_loss)
-    return best["step"] if deciding_loss(history[-1]) > OVERFITTING * deciding_loss(best) else None
-
-
-def summarize(trainer: Trainer, session: dict[str, float]) -> dict:
-    """What the run cost and the score of what is kept, as plain values. `session`: what `Trainer.train` returned."""
-    params, tokens = trainer.model.num_parameters(), trainer.step * trainer.tokens_per_step
-    result, fine_tuning = trainer.score(), trainer.fine_tuning
-    if fine_tuning:
-        old_after = None if fine_tuning["old_before"] is None else trainer.old_loss()
-        fine_tuning = fine_tuning | {"new_after": result.nats_per_char, "old_after": old_after}
+def summarize(trainer: Trainer) -> dict:
+    """What the run cost and the score of what is kept, as plain values."""
+    model, history, result = trainer.model, trainer.history, trainer.score()
+    best, seconds = min(history, key=deciding_loss), history[-1]["seconds"]
+    overfitting = deciding_loss(history[-1]) > OVERFITTING * deciding_loss(best)
     return {
-        "params": params,
-        "params_trainable": trainer.model.num_parameters(trainable=True),
+        "params": model.num_parameters(),
+        "params_trainable": model.num_parameters(trainable=True),
         "steps": trainer.step,
-        "seconds": trainer.history[-1]["seconds"],
-        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": trainer.step * trainer.tokens_per_step / max(seconds, 1e-9),
         "characters": round(trainer.step * trainer.config.batch_size * trainer.train_set.characters_per_row),
         "epochs": trainer.epochs,
-        "tokens_per_param": tokens / params,
         "flops": trainer.flops,
-        "pfs_days": trainer.flops / (1e15 * 86400),
-        **session,
         "nats_per_char": result.nats_per_char,
         "ci95": list(result.ci95) if math.isfinite(result.ci95[0]) else None,  # None: one window has no interval
         # Other tokens could spell the text too, so that of its encoding is a bound for the text.
         "is_bound": result.is_bound or not trainer.corpus.tokenizer.is_exact,
         "chars": int(result.characters.sum()),
-        "overfitting_since": overfitting_since(trainer.history),
-        "fine_tuning": fine_tuning,
+        "overfitting_since": best["step"] if overfitting else None,
+        "fine_tuning": trainer.fine_tuning,
     }

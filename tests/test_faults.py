@@ -18,6 +18,7 @@ from conftest import ROOT, TINY
 import checkpoint
 import train
 from checkpoint import CheckpointWriter, deciding_loss, load_checkpoint
+from trainer import Trainer
 from utils.console import run_program
 
 
@@ -41,6 +42,10 @@ def call(tmp_path, corpus_file, monkeypatch, capsys):
     return call
 
 
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
 class FileOnFullDisk(io.FileIO):
     """Writing fails after `room` bytes with the error of a full disk."""
 
@@ -56,7 +61,7 @@ class FileOnFullDisk(io.FileIO):
 @pytest.mark.parametrize("room", [0, 1000, 40_000])
 def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch, room):
     assert call("--steps", 2)[0] == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()}
+    before = contents(tmp_path / "out/llada")
 
     def full_disk(path, mode="r"):
         return FileOnFullDisk(path, mode) if "w" in mode else open(path, mode)
@@ -66,7 +71,7 @@ def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch, room):
     code, err = call("--resume", "--steps", 4)
     assert code == 2
     assert re.fullmatch(r"train.py: error: out/llada/\w+.pt: No space left on device", err.splitlines()[-1])
-    assert {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()} == before
+    assert contents(tmp_path / "out/llada") == before
 
 
 def test_a_folder_that_vanishes_is_made_again(call, tmp_path, monkeypatch):
@@ -120,6 +125,12 @@ def test_signals_save_and_leave_with_their_exit_code(call, tmp_path, number):
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
+def test_the_first_ctrl_c_during_the_final_score_ends_the_program(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "score", lambda trainer: signal.raise_signal(signal.SIGINT))
+    assert call("--steps", 2)[0] == 130
+    assert load_checkpoint(tmp_path / "out/llada/best.pt").step == 2
+
+
 @pytest.mark.parametrize("place", ["nobody/model.pt", "corpus.txt/model.pt", "."])
 def test_a_place_that_cannot_be_written_is_noticed_before_the_training(call, tmp_path, monkeypatch, place):
     """Issue 24, point 25."""
@@ -138,13 +149,13 @@ def test_a_place_that_cannot_be_written_is_noticed_before_the_training(call, tmp
 
 def test_a_loss_that_is_not_finite_overwrites_nothing(call, tmp_path):
     assert call("--steps", 2)[0] == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()}
+    before = contents(tmp_path / "out/llada")
     for flags in (["--lr", 1e6], ["--ngram-lr", 1e6, "--optimizer", "adamw", "--lr", 1e6]):
         code, err = call("--steps", 100, "--eval-every", 100, *flags)
         assert code == 2
         assert "the loss is not finite at step" in err.splitlines()[-1]
         assert "try a smaller --lr" in err.splitlines()[-1]
-        assert {path: path.read_bytes() for path in (tmp_path / "out/llada").iterdir()} == before
+        assert contents(tmp_path / "out/llada") == before
 
 
 def test_what_is_killed_before_last_pt_is_written_is_done_again(call, tmp_path, monkeypatch):
