@@ -240,7 +240,9 @@ def pretrained_preset(model: str) -> TrainConfig:
 
     LLaDA reads the text 160 times, and would memorize it without dropout. GPT memorizes it much earlier.
     """
-    common = TrainConfig(model=model, val_fraction=0.1, n_layer=6, n_head=4, block_size=256, calibration=0.02, steps=4000)
+    common = TrainConfig(
+        model=model, val_fraction=0.1, n_layer=6, n_head=4, block_size=256, calibration=0.02, steps=4000
+    )
     if model == "llada":
         return replace(
             common, n_embd=192, ngram_rows=32749, ngram_width=24, batch_size=64, dropout=0.1, ngram_dropout=0.3,
