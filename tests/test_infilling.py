@@ -69,16 +69,16 @@ def test_a_template_is_text_with_counted_masks_and_every_mask_becomes_one_charac
         assert all(p in (".", c) for c, p in zip(text, pattern, strict=True))
 
 
-def test_windows_cover_a_text_and_the_sweep_costs_16_evaluations_each(writer):
+def test_windows_cover_a_text_and_the_sweep_costs_32_evaluations_each(writer):
     assert window_starts(41, 16, 8) == [0, 8, 16, 24, 25]
     with mock.patch.object(writer.model, "forward", wraps=writer.model.forward) as forward:
         state = written(writer.model, [masks(400)], steps=4, correct=0)
     seen = [call.args[0].shape[1] for call in forward.call_args_list]
     assert set(seen) == {16}  # the cost of a character does not depend on the length of the text
     assert len(seen) == state.nfe == 4 * len(window_starts(400, 16, 8))
-    larger = writer_of(block_size=32).model
-    for length, windows in ((20, 1), (32, 1), (48, 2), (80, 4)):
-        assert written(larger, [masks(length)], correct=0).nfe == 16 * windows
+    larger = writer_of(block_size=64).model
+    for length, nfe in ((20, 20), (64, 32), (96, 64), (160, 128)):  # each further window writes 32 characters
+        assert written(larger, [masks(length)], correct=0).nfe == nfe
     states = write(writer_of(block_size=256).model, [masks(240)], SamplingConfig(block_length=16, correct=0))
     costs = [(state.nfe, len(state.written[0])) for state in states]
     assert costs == [(k + 1, 1) for k in range(240)]  # 16 a block, and not 16 for all blocks

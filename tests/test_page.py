@@ -24,7 +24,7 @@ from generation.history import Frame, History
 from generation.page import json_in_html, packed_model, quantized, write_live_page, write_page
 from model import MODELS
 from sampler import reverse_process
-from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
+from tokenizer import END_ID, MASK_ID, SPECIAL_TOKENS, START_ID, SimpleTokenizer
 from utils.errors import ArgumentError
 
 NODE = shutil.which("node")
@@ -316,8 +316,9 @@ def test_text_is_never_executed_nor_parsed(browser, tmp_path):
 def assert_beliefs(browser: Browser, model) -> None:
     """The page's probabilities of the editor's masks, and those of the network in PyTorch."""
     ids = browser.run("viewer.idsOf(viewer.panels[0].cells, viewer.engines[0])")
-    p = model(torch.tensor([ids]))[0].softmax(-1)
-    p[:, END_ID] = 0
+    logits = model(torch.tensor([ids]))[0]
+    logits[:, : len(SPECIAL_TOKENS)] = -torch.inf
+    p = logits.softmax(-1)
     for position, pairs in browser.run("[...viewer.panels[0].beliefs]"):
         assert [q for _, q in pairs] == pytest.approx(p[position].topk(8).values.tolist(), abs=1e-3)
 
@@ -366,7 +367,7 @@ def test_the_text_is_edited_masked_filled_and_undone(browser, tmp_path):
     browser.wait("!viewer.playing && viewer.panels.every((panel) => panel.history?.done)")
     assert [len(text_of(browser, panel)) for panel in (0, 1)] == [40, 40]
     assert browser.run("document.querySelectorAll('.panel:not([hidden])').length") == 2
-    assert browser.run("viewer.panels[0].history.frames.length") == 24  # 16 steps, a pass of corrections
+    assert browser.run("viewer.panels[0].history.frames.length") == 40  # 32 steps, a pass of corrections
     assert browser.run("viewer.panels[1].history.frames.length + viewer.panels[1].history.start.length") == 40
     assert complaints(browser) == []
 

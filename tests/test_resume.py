@@ -1,6 +1,7 @@
 """A run that is interrupted at any step and resumed from its file is bit for bit the run that was not: every tensor."""
 
 import json
+from pathlib import Path
 
 import pytest
 from kill_training import differences
@@ -43,9 +44,10 @@ def make(corpus_file, monkeypatch):
     def make(model: str, settings: dict) -> Trainer:
         base = None
         if "init_from" in settings:
-            trained = new_trainer(model, corpus_file)
-            trained.train()
-            save_checkpoint("base.pt", trained.checkpoint())
+            if not Path("base.pt").exists():
+                trained = new_trainer(model, corpus_file)
+                trained.train()
+                save_checkpoint("base.pt", trained.checkpoint())
             base = load_checkpoint("base.pt")
         return new_trainer(model, corpus_file, base, **settings)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toy import MASK, T, TrueConditionals, V, all_strings, assert_frequencies, seeded
 
 import sampler
-from config import ORDERS, SCHEDULES, SamplingConfig
+from config import ORDERS, SCHEDULES, SWEEP_STEPS, SamplingConfig
 from likelihood import policy_likelihood
 from logits import draw
 from sampler import CORRECTION_STEPS, has_exact_likelihood, make_plan, policy_of, reverse_process
@@ -362,7 +362,7 @@ def test_schedules_reveal_everything_and_beyond_two_steps_a_position_one_at_a_ti
 def test_every_block_gets_its_default_steps():
     predict, tokens = Mixing(0), torch.full((1, 48), 1)
     assert last(project_process(predict, tokens, block_length=16)).nfe == 48  # 16 a block
-    assert last(project_process(predict, tokens)).nfe == 16
+    assert last(project_process(predict, tokens)).nfe == SWEEP_STEPS
     assert last(project_process(predict, tokens[:, :10])).nfe == 10  # no more than positions
     assert last(project_process(predict, tokens, order="confidence")).nfe == 48
 

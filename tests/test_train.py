@@ -386,7 +386,7 @@ def test_training_learns_and_the_console_names_every_loss(run, monkeypatch, mode
     losses = {"llada": "train # (75 % weighted for the sweep)  bound #  sampler #", "gpt": "train #  val #"}
     line = next(re.sub(r"\d\.\d{4}", "#", line) for line in lines if line.startswith("step    200"))
     assert line.endswith(f"s  {losses[model]} nats/char")
-    progress_line = r"train: 75 %  0:00:\d\d left, step 300  loss \d\.\d{3}  [\d,]+ tokens/s"
+    progress_line = r"train: 75 %, 0:00:\d\d left  step 300  loss \d\.\d{3}  [\d,]+ tokens/s"
     assert any(re.fullmatch(progress_line, line) for line in lines)
     # The last line is the next command, also for names that a shell would split.
     assert shlex.split(lines[-1]) == ["next:", "python", "generate.py", "--checkpoint", f"a b/{model}/best.pt"]
