@@ -33,7 +33,6 @@ SMALL = {  # pattern of a command -> flags that make it small; of several that m
     r"train\.py .*--data": [*TINY, "--steps", "3"],
     r"train\.py": [*CORPUS, *TINY, "--steps", "3"],
     r"generate\.py .*--(infill|top|chat|page)": [],
-    r"generate\.py .*--order": ["--steps", "8", "--length", "12"],
     r"generate\.py": ["--length", "20"],
     r"evaluate\.py": ["--quick"],
 }
