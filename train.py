@@ -25,6 +25,7 @@ from config import (
     given,
     gpu_preset,
     laptop_preset,
+    pretrained_preset,
     refuse_without_effect,
 )
 from utils.console import Parser, deferred_interrupt, immediate_interrupt, number, progress, run_program, say
@@ -97,6 +98,8 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
         if network["segments"] == "pairs":  # of this model and not of the new text
             del network["segments"]
         preset, settings = fine_tuning_preset(model), network | settings
+    elif args.preset == "pretrained":
+        preset = pretrained_preset(model)
     elif args.preset == "gpu" or (args.preset is None and on_cuda):
         preset = gpu_preset(model)
     else:

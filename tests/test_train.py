@@ -428,6 +428,8 @@ def new_config(*flags: str, on_cuda: bool = False) -> TrainConfig:
         ("--model gpt --steps 15", {"steps": 15, "epochs": None}),
         ("--model gpt --ngram-lr 0.1 --no-compile", {"ngram_lr": 0.1}),
         ("--preset gpu --minutes 5", {"n_layer": 6, "steps": None, "minutes": 5}),
+        ("--preset pretrained --minutes 7", {"n_embd": 192, "steps": None, "minutes": 7, "val_fraction": 0.1}),
+        ("--preset pretrained --model gpt", {"n_embd": 128, "steps": 4000, "ngram_rows": 2699}),
     ],
 )
 def test_flags_replace_the_settings_of_the_preset(flags, expected):
