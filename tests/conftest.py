@@ -3,6 +3,7 @@
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ TINY = [
     *("--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16"),
     *("--ngram-rows", "101", "--batch-size", "4"),
 ]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background jobs, and so would programs
 
 
 @pytest.fixture(autouse=True)
