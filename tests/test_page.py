@@ -350,6 +350,7 @@ def test_the_text_is_edited_masked_filled_and_undone(browser, tmp_path):
     other = browser.run("viewer.panels[0].history.frames[1].beliefs.get(2)[3][0]")
     browser.point("#details li:nth-child(4) button", click=True)
     assert text_of(browser) == full[:2] + other + full[3:]
+    browser.wait("details.textContent.includes('would believe')")  # which moves the button
     browser.point("#details .again", click=True)
     assert text_of(browser) == full[:2] + "_" + full[3:]
     for _ in range(2):
