@@ -282,9 +282,8 @@ class CheckpointWriter:
         self.is_new = False
         save_checkpoint(self.folder / name, self.trainer.checkpoint())
 
-    def save_summary(self, summary: dict) -> None:
-        """Write summary.json; of a run that trained adapters also adapters.pt, the best ones alone."""
-        best = load_checkpoint(self.best, resuming=True)
+    def save_summary(self, summary: dict, best: Checkpoint) -> None:
+        """Write summary.json; of a run that trained adapters also adapters.pt, those of `best` alone."""
         if best.model.config.lora_rank:
             from extras.lora import adapter_state
 

@@ -98,13 +98,11 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
         if network["segments"] == "pairs":  # of this model and not of the new text
             del network["segments"]
         preset, settings = fine_tuning_preset(model), network | settings
-    elif args.preset == "pretrained":
-        preset = pretrained_preset(model)
-    elif args.preset == "gpu" or (args.preset is None and on_cuda):
-        preset = gpu_preset(model)
     else:
         minutes = args.minutes or (args.steps / LAPTOP_STEPS_PER_MINUTE if args.steps else LAPTOP_MINUTES)
-        preset = laptop_preset(model, minutes)
+        laptop = partial(laptop_preset, minutes=minutes)
+        presets = {"laptop": laptop, "gpu": gpu_preset, "pretrained": pretrained_preset}
+        preset = presets[args.preset or ("gpu" if on_cuda else "laptop")](model)
     state = {name: settings.get(name, getattr(preset, name)) for name in ("model", "arch", "tokenizer")}
     refuse_without_effect(args, state | {"pairs": None if args.pairs is None else "FILE"}, TrainConfig)
     return replace(preset, **settings)
@@ -114,11 +112,10 @@ def new_config(args: argparse.Namespace, on_cuda: bool, base: "Checkpoint | None
 def make_tokenizer(config: TrainConfig, base: "Checkpoint | None", texts: Iterable[str]) -> "Tokenizer":
     """That of a base, which learns the characters that it does not know, or subwords of the training part alone."""
     from data import training_length, training_texts
-    from tokenizer import SimpleTokenizer
 
     if base is not None:
-        is_exact = isinstance(base.tokenizer, SimpleTokenizer)
-        return base.tokenizer.extended("".join(set(chain.from_iterable(texts)))) if is_exact else base.tokenizer
+        known = base.tokenizer
+        return known.extended("".join(set(chain.from_iterable(texts)))) if known.is_exact else known
     from extras.bpe import read_tokenizer, train_bpe
 
     if config.tokenizer != "bpe":
@@ -209,7 +206,7 @@ def train(args: argparse.Namespace) -> None:
             writer.on_validation(trainer.history[-1])
         best = trainer.keep(writer.best)
         summary = summarize(trainer)
-        writer.save_summary(summary)
+        writer.save_summary(summary, best)
         say_summary(summary, best.history[-1], trainer.config)
         say(f"wrote best.pt, last.pt, metrics.jsonl and summary.json to {folder}")
         if args.export:

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ def start(folder: Path, steps: int, model: str) -> int:
         try:
             train.main()
             os._exit(0)
-        finally:
+        except BaseException:
+            traceback.print_exc()  # into the log
             os._exit(1)
     return pid
 
