@@ -106,26 +106,6 @@ def test_a_text_does_not_depend_on_its_batch_and_its_pieces_make_it_up(writer, s
     assert len(pieces) == 1 if settings.get("correct", 4) else len(pieces) > 1  # what may change is not shown yet
 
 
-def test_the_pieces_of_a_long_text_are_found_in_linear_time():
-    """Each look at the text begins where the one before ended, and what cannot end is not searched for an end."""
-
-    class Counted(torch.Tensor):
-        looks = 0
-
-        def __getitem__(self, index):
-            Counted.looks += not isinstance(index, slice)
-            return super().__getitem__(index)
-
-    def states():
-        text = masks(600).as_subclass(Counted)
-        for i in range(600):
-            text[i] = A
-            yield SimpleNamespace(texts=[text])
-
-    assert "".join(piece for [piece] in pieces_of(states(), AB, [0], DecodingConfig())) == "a" * 600
-    assert Counted.looks < 5 * 600
-
-
 def test_pieces_never_end_inside_a_character_but_at_the_end_of_the_text():
     tokenizer = train_bpe(["ab"], 261)
     ids = torch.from_numpy(tokenizer.encode("a\u00e9\u00e9").astype("int64"))  # é is two bytes, each a token
@@ -138,12 +118,10 @@ def test_pieces_never_end_inside_a_character_but_at_the_end_of_the_text():
     [
         ("", {}, "nothing to write"),
         ("a[MASK]", {"slide": 17}, r"slide must be in 1\.\.16"),
-        ("a[MASK]", {"steps": 0}, "steps must be at least 1"),
         ("a[MASK*14]c[MASK*8]", {"order": "left", "schedule": (7, 7)}, "reveals 14 positions, but 8 are masked"),
         ("a[MASK*15]" * 9, {"steps": 3, "block_length": 5, "slide": 16}, None),
         ("a[MASK*15]" * 9, {"steps": 2, "block_length": 5}, "steps must be at least 3"),
         ("[MASK*16]abcd[MASK]ef[MASK]gh", {"steps": 1, "block_length": 4}, "steps must be at least 4"),
-        ("[MASK]bcdefghabcdefgh[MASK]bcdefg[MASK]", {"steps": 1, "block_length": 4}, "steps must be at least 2"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_written(writer, template, settings, message):
@@ -167,14 +145,14 @@ def test_gpt_fills_no_gaps():
 def test_segments_are_written_with_their_likelihood(name, settings):
     """LLaDA from left to right, so that what stands behind the [END] plays no part."""
     writer, expected = segment_writer(name, 4), {}
-    predict = mask_predictor(writer.model, may_end=True) if name == "llada" else None
     for text in ("".join(text) for n in range(4) for text in itertools.product("ab", repeat=n)):
         row = torch.tensor([*AB.encode(text).tolist(), END_ID][:3])  # three tokens need no [END]
-        if predict is None:
+        if name == "gpt":
             expected[text] = math.exp(-float(exact_nll(writer.model, row[None], START_ID).sum()))
-            continue
-        seen = [torch.cat([row[:i], masks(3 - i)]) for i in range(len(row))]
-        expected[text] = math.prod(predict(x[None])[0, i].softmax(-1)[row[i]].item() for i, x in enumerate(seen))
+        else:
+            seen = torch.stack([torch.cat([row[:i], masks(3 - i)]) for i in range(len(row))])
+            p = mask_predictor(writer.model, may_end=True)(seen).softmax(-1)
+            expected[text] = math.prod(p[i, i, token].item() for i, token in enumerate(row))
     assert sum(expected.values()) == pytest.approx(1)
     found = texts_of(writer, [""] * 3000, 3, temperature=1.0, **settings)
     assert all(found.count(text) / 3000 == pytest.approx(p, abs=0.035) for text, p in expected.items())

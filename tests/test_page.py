@@ -106,15 +106,6 @@ def test_logits_equal_pytorch(name, sizes, wasm):
 
 
 @needs_node
-def test_tables_may_be_mapped_side_by_side():
-    model = random_model("llada", ngram_width=6)
-    summed = in_node(model, "finite(network.forward(ids))", ids=[4, 5, 6, 1, 7])
-    weight = model.encoder.ngrams.up.weight.data
-    model.encoder.ngrams.up.weight = torch.nn.Parameter(weight.repeat(1, 5))  # a copy of the matrix for each kind
-    assert in_node(model, "finite(network.forward(ids))", ids=[4, 5, 6, 1, 7]) == pytest.approx(summed, abs=1e-4)
-
-
-@needs_node
 @torch.no_grad()
 def test_greedy_texts_equal_the_samplers():
     model, start = random_model("llada"), torch.tensor([[5, MASK_ID, MASK_ID, 9, 4] + [MASK_ID] * 14 + [7, 6]])
