@@ -12,13 +12,12 @@ import torch
 from toy import random_model, seeded
 
 from autoregressive import exact_nll
-from config import DecodingConfig, ModelConfig, SamplingConfig
+from config import DecodingConfig, SamplingConfig
 from extras.bpe import train_bpe
 from generation import GeneratorTransformer
 from generation.text import parse_template, pieces_of
 from generation.write import known_before_masks, mask_predictor, window_starts, write
-from model import LLaDAModel
-from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
+from tokenizer import END_ID, MASK_ID, PAD_ID, START_ID, SimpleTokenizer
 from utils.errors import ArgumentError
 
 TOKENIZER = SimpleTokenizer("abcdefgh [MASK*]")
@@ -183,21 +182,15 @@ def test_texts_are_cut_at_the_first_end(settings):
     assert len(writer.infill("a[MASK*8]", **settings)) == 9  # a template ends where it ends
 
 
-class SureOfTheEnd(LLaDAModel):
-    """Surest of all of the [END]s at the far end, as trained models of segments are."""
-
-    def forward(self, tokens, **_):
-        V, T = self.config.vocab_size, tokens.shape[1]
-        logits = torch.zeros(*tokens.shape, V).index_fill(-1, torch.tensor([0, MASK_ID, START_ID]), -torch.inf)
-        logits[..., END_ID] = torch.linspace(-3, 3, T)
-        return logits
-
-
 @pytest.mark.parametrize("order", ["confidence", "drawn_confidence"])
 @pytest.mark.parametrize("steps", [None, 4])
 def test_orders_of_confidence_do_not_begin_with_the_ends_at_the_far_end(order, steps):
-    config = ModelConfig(AB.vocab_size, 65, 16, 2, 1, ngram_rows=11, segments="line")
-    states = write(SureOfTheEnd(config), [masks(64)], SamplingConfig(order=order, steps=steps, correct=0))
+    model = segment_writer("llada", 65).model
+    logits = torch.zeros(1, 65, AB.vocab_size)
+    logits[..., [PAD_ID, MASK_ID, START_ID]] = -torch.inf
+    logits[..., END_ID] = torch.linspace(-3, 3, 65)  # surest of all at the far end, as trained models are
+    model.forward = lambda tokens: logits.clone()
+    states = write(model, [masks(64)], SamplingConfig(order=order, steps=steps, correct=0))
     first, last = (max(state.written[0].tolist()) for state in (next(states), list(states)[-1]))
     assert first < 16 < last
 

@@ -251,9 +251,8 @@ def test_a_recording_plays_and_never_shows_the_future(browser, tmp_path):
         browser.press("ArrowRight")
     assert seen == [("R___", "x30 %"), ("Ra__", "␣50 %"), ("Ra:_", last), ("Ra:\n", last), ("Ri:\n", last)]
     assert browser.run(KINDS) == "g,w,w,w n pinned"  # nothing marks the last step
-    states = [(browser.press("ArrowLeft"), browser.run(STATUS))[1] for _ in range(2)]
-    assert states[0].startswith("Step 3 of 4: after one look at the whole text, 1 character written")
-    assert "1 character written at once; 1 still masked" in states[1]
+    browser.press("ArrowLeft")
+    assert browser.run(STATUS).startswith("Step 3 of 4: after one look at the whole text, 1 character written")
     browser.press("Home")
     browser.press(" ")
     browser.wait("!viewer.playing && viewer.panels[0].step === 4")
@@ -339,16 +338,16 @@ def test_the_text_is_edited_masked_filled_and_undone(browser, tmp_path):
     other = browser.run("viewer.panels[0].history.frames[1].beliefs.get(2)[3][0]")
     browser.point("#details li:nth-child(4) button", click=True)
     assert text_of(browser) == full[:2] + other + full[3:]
+    browser.wait("details.textContent.includes('would believe')")  # which moves the button
     browser.point("#details .again", click=True)
     assert text_of(browser) == full[:2] + "_" + full[3:]
     for _ in range(2):
         browser.press("z", ctrl=True)
     assert text_of(browser) == full
     assert browser.run("viewer.panels[0].step") == 3  # with its steps
-    browser.point("#undo", click=True)
-    assert text_of(browser) == "a___de"
-    browser.point("#redo", click=True)
-    assert text_of(browser) == full
+    for button, text in (("#undo", "a___de"), ("#redo", full)):
+        browser.point(button, click=True)
+        assert text_of(browser) == text
     browser.point("#add", click=True)
     assert len(text_of(browser)) == 40
     browser.run("correct.value = 1")
