@@ -55,13 +55,6 @@ def texts_of(replay: Replay, width: int = 80) -> list[str]:
     return ["".join(run.text for run in line).rstrip() for line in replay.lines(width)]
 
 
-def plain(renderable, width: int = 80) -> list[str]:
-    """The lines of a text or a table."""
-    console = Console(file=StringIO(), width=width, highlight=False, markup=False)
-    console.print(renderable)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
-
-
 def drawings(output: str) -> list[str]:
     """What a terminal showed, one after the other, without styles; the last stands there after a view was erased."""
     return re.sub(r"\x1b\[[0-9;]*m", "", output).split("\x1b[2K")
@@ -186,7 +179,9 @@ def test_every_status_has_a_look_with_and_without_colours_and_probability_is_a_s
 def test_what_is_drawn_fits_the_screen_and_shows_the_last_lines(size):
     replays = [Replay(written_history("ab c\n" * 100 + end), whole=True).advance() for end in "xy"]
     for shown in ([replays[0]], replays):
-        lines = plain(side_by_side(shown, *size), size[0])
+        console = Console(file=StringIO(), width=size[0], highlight=False, markup=False)
+        console.print(side_by_side(shown, *size))
+        lines = console.file.getvalue().splitlines()
         assert len(lines) == size[1]
         assert max(map(len, lines)) <= size[0]
         assert lines[0].startswith("GPT 50.10 s, 501 ")
