@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from generation.history import SHADES, History, Replay, Run, Status
+from generation.history import SHADES, History, Replay, Status
 from utils.console import counted
 from utils.files import atomic_write
 
@@ -60,11 +60,8 @@ def images(histories: Sequence[History], moments: Sequence[list[int]]):
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    size, fonts = (20, 16)[len(histories) > 1], Path(get_data_path()) / "fonts" / "ttf"
-    font, bold = (
-        ImageFont.truetype(fonts / f"DejaVuSansMono{name}.ttf", size, layout_engine=ImageFont.Layout.BASIC)
-        for name in ("", "-Bold")
-    )
+    size, font_file = 20 if len(histories) == 1 else 16, Path(get_data_path(), "fonts/ttf/DejaVuSansMono.ttf")
+    font = ImageFont.truetype(font_file, size, layout_engine=ImageFont.Layout.BASIC)
     width, line_height = (WIDTH - 2 * MARGIN - GAP * (len(histories) - 1)) // len(histories), round(size * 1.4)
     advance, replays = round(font.getlength("m")), [Replay(history, whole=True) for history in histories]
     columns, top = width // advance, MARGIN + 2 * line_height
@@ -74,23 +71,20 @@ def images(histories: Sequence[History], moments: Sequence[list[int]]):
         pen = ImageDraw.Draw(image)
         for k, (replay, step) in enumerate(zip(replays, steps, strict=True)):
             left, frame = MARGIN + k * (width + GAP), replay.advance(step).frame
-            pen.text((left, MARGIN), replay.history.label, INK, bold)
+            pen.text((left, MARGIN), replay.history.label, INK, font)
             cost = f"{counted(frame.nfe, 'evaluation')}, {frame.seconds:.2f} s"
             pen.text((left + width, MARGIN), cost, FAINT, font, anchor="ra")
             for row, line in enumerate(replay.lines(columns)):
                 x, y = left, top + row * line_height
                 for run in line:
-                    draw_run(pen, (x, y, x + advance * len(run.text), y + line_height), run, font, bold)
-                    x += advance * len(run.text)
+                    ink, low, high = COLORS[run.status]
+                    right, bottom = x + advance * len(run.text), y + line_height
+                    behind_from = bottom - 3 if run.status is Status.SETTLED else y + 1
+                    behind = mix(low, high, run.shade / (SHADES - 1))
+                    pen.rectangle((x, behind_from, right - 1, bottom - 2), behind)
+                    pen.text((x, y + 2), run.text, ink, font)
+                    x = right
         yield image
-
-
-def draw_run(pen, box: tuple[int, int, int, int], run: Run, font, bold) -> None:
-    """The characters of a run in a box (x, y, right, bottom)."""
-    (x, y, right, bottom), (ink, low, high) = box, COLORS[run.status]
-    behind, settled = mix(low, high, run.shade / (SHADES - 1)), run.status is Status.SETTLED
-    pen.rectangle((x, bottom - 3 if settled else y + 1, right - 1, bottom - 2), behind)
-    pen.text((x, y + 2), run.text, ink, bold if run.status in (Status.GIVEN, Status.WRITTEN) else font)
 
 
 def mix(low: Color, high: Color, share: float) -> Color:

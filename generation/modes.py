@@ -45,8 +45,7 @@ def write_as_asked(args: Namespace, mode: str, name: str | None, settings: Seque
     run, writers = WriteRun(**given(args, WriteRun)), [GeneratorTransformer(c.model, c.tokenizer) for c in checkpoints]
     configs = [writer.settings(**given(args, writer.config_class)) for writer in writers]
     prepare(run, writers[0].model)
-    prompt = read_prompt(run) if run.infill is None and mode in ("text", "race", "beams", "top") else ""
-    title = " and ".join(LABELS[c.model.name] for c in checkpoints)
+    prompt, title = read_prompt(run), " and ".join(LABELS[c.model.name] for c in checkpoints)
     paths, command = ", ".join(short(c.path) for c in checkpoints), shlex.join(["generate.py", *sys.argv[1:]])
     about = f"{paths}; seed {run.seed}; {command}"
     match mode:
@@ -182,8 +181,8 @@ def print_text(task: Task) -> None:
 def print_texts(texts: Sequence[str], name: str = "sample") -> None:
     """Print texts on standard output, several with a line before each."""
     for number, text in enumerate(texts, 1):
-        print_out(f"--- {name} {number} of {len(texts)} ---\n" if len(texts) > 1 else "")
-        print_out(text, end="\n")
+        title = f"--- {name} {number} of {len(texts)} ---\n" if len(texts) > 1 else ""
+        print_out(f"{title}{text}\n")
 
 
 def say_speed(characters: int, state: State, label: str = "") -> None:

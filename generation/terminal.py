@@ -4,7 +4,6 @@ What happens to a character has a colour of its own and, for terminals without c
 of a written character is the network's probability of it. Elsewhere than on a terminal, each step is a plain line.
 """
 
-import math
 import os
 import sys
 import time
@@ -51,7 +50,7 @@ def drawn(replay: Replay, columns: int, height: int = 0):
     return Text("\n").join(lines)
 
 
-def side_by_side(replays: Sequence[Replay], width: int, height: int = 0, now: float = math.inf):
+def side_by_side(replays: Sequence[Replay], width: int, height: int = 0):
     """The texts as a rich Table, each below its model, clock and cost. height: how many of its lines fit (0: all)."""
     from rich.box import MINIMAL
     from rich.table import Table
@@ -59,8 +58,8 @@ def side_by_side(replays: Sequence[Replay], width: int, height: int = 0, now: fl
     columns = (width - DIVIDER * (len(replays) - 1)) // len(replays)
     table, titles = Table(box=MINIMAL, show_edge=False, show_header=False, pad_edge=False), []
     for replay in replays:
-        seconds = min(now, replay.history.frames[-1].seconds) if replay.history.frames else 0.0
-        titles.append(f"{replay.history.label} {seconds:.2f} s, {counted(replay.frame.nfe, 'evaluation')}")
+        cost = f"{replay.frame.seconds:.2f} s, {counted(replay.frame.nfe, 'evaluation')}"
+        titles.append(f"{replay.history.label} {cost}")
         table.add_column(width=columns, no_wrap=True)
     table.add_row(*titles, style="bold")
     table.add_row(*(drawn(replay, columns, max(0, height - 1)) for replay in replays))
@@ -77,9 +76,9 @@ def screen():
     return Live(console=console, auto_refresh=False, transient=True, **as_it_is)
 
 
-def draw(live, replays: Sequence[Replay], now: float = math.inf) -> None:
+def draw(live, replays: Sequence[Replay]) -> None:
     """Show texts side by side, as much of them as fits."""
-    live.update(side_by_side(replays, live.console.width, max(2, live.console.height - 1), now), refresh=True)
+    live.update(side_by_side(replays, live.console.width, max(2, live.console.height - 1)), refresh=True)
 
 
 def plain_line(replay: Replay, length: int = 400) -> str:
@@ -138,6 +137,6 @@ def race(histories: Sequence[History]) -> None:
             now = min(end, (time.monotonic() - start) * end / REPLAY_SECONDS)
             for replay in replays:
                 replay.advance(sum(frame.seconds <= now for frame in replay.history.frames))
-            draw(live, replays, now)
+            draw(live, replays)
             time.sleep(FRAME_SECONDS)
     live.console.print(side_by_side(replays, live.console.width), soft_wrap=True)

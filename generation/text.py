@@ -35,11 +35,6 @@ Config = SamplingConfig | DecodingConfig
 
 
 # ------------------------------------------------------------------------------------------------- starts
-def encode(text: str, tokenizer) -> Tensor:
-    """(T,) int64 ids. Raises ValueError for unknown characters."""
-    return torch.from_numpy(tokenizer.encode(text).astype("int64"))
-
-
 def knows(tokenizer, char: str) -> bool:
     """Whether the tokenizer can encode a character."""
     try:
@@ -104,8 +99,7 @@ def pieces_of(
     states: Iterable[State], tokenizer, shown: Sequence[int], config: Config, stop=(), length: int | None = None
 ) -> Iterator[list[str]]:
     """Yield the next piece of each text, see `TextPieces`; where correction may change a text, all of it at the end."""
-    stops = [stop] if isinstance(stop, str) else stop
-    texts = [TextPieces(tokenizer, known, stops, length) for known in shown]
+    texts = [TextPieces(tokenizer, known, [stop] if isinstance(stop, str) else stop, length) for known in shown]
     for state in states:
         if getattr(config, "correct", 0) == 0:
             yield [text.next(ids) for text, ids in zip(texts, state.texts, strict=True)]
@@ -146,7 +140,8 @@ class GeneratorTransformer:
         Raises ValueError for unknown characters, and ArgumentError for a prompt that leaves no room.
         """
         check_number("max_out_tokens", max_out_tokens, low=0)
-        given, size, segments = encode(prompt, self.tokenizer), self.model.config.block_size, self.model.config.segments
+        given = torch.from_numpy(self.tokenizer.encode(prompt).astype("int64"))
+        size, segments = self.model.config.block_size, self.model.config.segments
         if segments == "pairs":
             given = F.pad(given, (0, 1), value=START_ID)
         if segments != "window":
@@ -166,8 +161,8 @@ class GeneratorTransformer:
 
         Windows begin anywhere, even within a word, and so would a text without a prompt; segments have their [START].
         """
-        at_anywhere = self.model.config.segments == "window" and knows(self.tokenizer, "\n")
-        return prompt or ("\n" if at_anywhere else "")
+        begins_anywhere = self.model.config.segments == "window" and "\n" in self.tokenizer.char_to_id
+        return prompt or ("\n" if begins_anywhere else "")
 
     def shown(self, prompt: str) -> str:
         """What a text shows of its prompt: an answer to a pair stands alone."""
@@ -228,6 +223,6 @@ class GeneratorTransformer:
         tables = []
         for position, p in zip(state.masked[0].tolist(), state.probabilities[0], strict=True) if state else ():
             best = p.topk(min(k, int((p > 0).sum())))
-            tokens = [self.tokenizer.id_to_char[i] for i in best.indices.tolist()]
+            tokens = map(self.tokenizer.id_to_char.get, best.indices.tolist())
             tables.append((position, [*zip(tokens, best.values.tolist(), strict=True)]))
         return tables

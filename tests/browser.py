@@ -101,10 +101,10 @@ class Browser:
             assert time.monotonic() < end, f"never true: {expression}"
             time.sleep(0.02)
 
-    def press(self, key: str, alt: bool = False, ctrl: bool = False) -> None:
+    def press(self, key: str, ctrl: bool = False) -> None:
         """A key, such as " " or "ArrowRight"."""
         text = {"text": key} if len(key) == 1 and not ctrl else {}
-        code = {"code": "Space" if key == " " else key, "modifiers": alt + 2 * ctrl}
+        code = {"code": "Space" if key == " " else key, "modifiers": 2 * ctrl}
         codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35}
         code["windowsVirtualKeyCode"] = codes.get(key, 0)  # without one, text fields do not move
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **code, **text)

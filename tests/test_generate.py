@@ -1,5 +1,6 @@
 """generate.py and generation/: the real commands on tiny checkpoints, and the library."""
 
+import io
 import os
 import pty
 import re
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,18 +84,8 @@ def call(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """pipe(b"text") makes a pipe with this content standard input; pipe(None) one that never ends."""
-    with ExitStack() as opened:
-
-        def open_pipe(content: bytes | None) -> None:
-            reading, writing = os.pipe()
-            end = opened.enter_context(open(writing, "wb"))
-            monkeypatch.setattr(sys, "stdin", opened.enter_context(open(reading, encoding="utf-8")))
-            if content is not None:
-                end.write(content)
-                end.close()
-
-        yield open_pipe
+    """pipe(b"text") makes it standard input."""
+    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
 
 
 def separated(texts: list[str], name: str = "sample") -> str:
@@ -125,15 +115,16 @@ def test_the_command_writes_text_that_begins_with_the_prompt(call, name, prompt)
     written = writer.generate(prompt or "\n", max_out_tokens=30)
     assert text == (written if prompt else written[1:]) + "\n"  # the newline before a text without prompt is not shown
     assert f"out/{name}/last.pt: {name}, step 7" in notes
-    assert GeneratorTransformer(writer.model, SimpleTokenizer("abc")).opening(prompt) == prompt  # it knows no newline
+    writer.tokenizer = SimpleTokenizer("abc")
+    assert writer.opening(prompt) == prompt  # it knows no newline
+    writer = writer_of(name)
     writer.model.config = replace(writer.model.config, segments="speech")
     assert writer.opening(prompt) == prompt  # the text begins with [START]
 
 
 @BOTH
-@pytest.mark.parametrize("settings", [[], ["--slide", 5]], ids=str)
-def test_samples_depend_on_the_seed_and_not_on_the_batch_and_have_a_line_before_each(call, name, settings):
-    flags = ["--model", name, "--length", 30, "--prompt", "ROMEO:", *settings]
+def test_samples_depend_on_the_seed_and_not_on_the_batch_and_have_a_line_before_each(call, name):
+    flags = ["--model", name, "--length", 30, "--prompt", "ROMEO:", "--slide", 5]
     _, text, _ = call(*flags, "--seed", 3, "--num-samples", 3)
     samples = re.findall(r"--- sample \d of 3 ---\n((?:(?!---)[\s\S])*)\n", text)
     assert text == separated(samples)
@@ -158,12 +149,10 @@ def test_every_mode_works_with_subwords_and_length_counts_characters(call, folde
     tokenizer = train_bpe(["the king is dead, long live the king\n" * 50], vocab_size=290)
     save(folder / f"out/{name}/last.pt", name, tokenizer=tokenizer)
     model, prompt = ["--model", name], ["--prompt", "the king is \u00e9", "--length", 61]
-    shown = ["--watch", "--pause", 0, "--html", "a.html", "--gif", "a.gif"]
-    for flags in ([], ["--num-samples", 2], shown):
+    for flags in ([], ["--watch", "--pause", 0, "--html", "a.html", "--gif", "a.gif"]):
         code, text, notes = call(*model, *prompt, *flags)
-        texts = re.split(r"--- sample \d of 2 ---\n", text)[-2:] if "--num-samples" in flags else [text]
-        assert (code, [len(text) for text in texts]) == (0, [len(prompt[1]) + 61 + 1] * len(texts)), notes
-        assert f"{61 * len(texts)} characters in" in notes
+        assert (code, len(text)) == (0, len(prompt[1]) + 61 + 1), notes
+        assert "61 characters in" in notes
     pipe("the \u00e9\n".encode())
     modes = [["--chat", "--length", 5], ["--top", 2, "--prompt", "dead"]]
     modes += [["--beams", 2, *prompt]] if name == "gpt" else [["--infill", "the [MASK*2-3] is", "--html", "b.html"]]
@@ -243,7 +232,7 @@ def test_the_table_shows_ids_and_true_probabilities_of_every_mask(call):
     expected = [f"{TOKENIZER.id_to_char[i]!r} {100 * p:.3f} %" for i, p in rows]
     assert [" ".join(line.split()) for line in lines[3:]] == expected
     _, text, _ = call("--infill", "R[MASK]m[MASK*2]", "--top", 2)
-    assert [int(line.split()[-1]) for line in text.splitlines() if line.startswith("[MASK] at")] == [1, 3, 4]
+    assert re.findall(r"\[MASK\] at position (\d)", text) == ["1", "3", "4"]
     start = parse_template("long live the king is dead the[MASK]", TOKENIZER)  # beyond the context
     [(position, table)] = writer_of("llada").likeliest(start, k=100)
     logits = tiny_model("llada")(start[None, -24:])[0, -1].index_fill(0, torch.tensor(END_ID), -torch.inf)
@@ -251,7 +240,6 @@ def test_the_table_shows_ids_and_true_probabilities_of_every_mask(call):
     assert {TOKENIZER.char_to_id[c]: p for c, p in table} == pytest.approx(
         {i: p for i, p in enumerate(logits.softmax(-1).tolist()) if p > 0}, rel=1e-4
     )
-    assert table == sorted(table, key=lambda row: -row[1])
 
 
 # ------------------------------------------------------------------------------------------------- LLaDA's samplers
@@ -364,8 +352,9 @@ def test_piped_input_is_the_prompt_if_asked_for(call, pipe):
     assert len(text) == len("ROMEO:\nthe") + 8 + 1
     pipe(b"\xff")
     assert "standard input: not UTF-8 text (byte 0)" in call("--prompt", "-")[2]
-    pipe(None)  # an endless one, which is not waited for
+    pipe(b"not asked for")
     assert len(call("--length", 8)[1]) == 9
+    assert sys.stdin.read() == "not asked for"
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
@@ -386,8 +375,6 @@ def test_bad_arguments_are_named_at_the_call(name):
     setting = {"gpt": "order", "llada": "context_len"}[name]
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
         writer.generate("a", **{setting: 3})
-    with pytest.raises(ValueError, match="temperature must be at least 0"):
-        writer.generate(temperature=-1)
 
 
 class OnMPS(torch.Tensor):
@@ -414,11 +401,6 @@ def test_tokens_are_drawn_without_float64_on_mps(name, settings):
     with pytest.raises(AssertionError, match="no float64"):
         other.model(torch.tensor([[4]])).double()
     assert (other.generate("the ", max_out_tokens=40, **settings), other.likeliest(start, 5)) == expected
-
-
-def test_help_warns_of_penalties_on_characters_and_names_defaults():
-    shown = " ".join(generate.make_parser().format_help().split())
-    assert all(words in shown for words in ("--infill TEMPLATE", "it destroys words", "texts to write (default: 1)"))
 
 
 # ------------------------------------------------------------------------------------------------- chat, Ctrl-C

@@ -55,13 +55,6 @@ def texts_of(replay: Replay, width: int = 80) -> list[str]:
     return ["".join(run.text for run in line).rstrip() for line in replay.lines(width)]
 
 
-def plain(renderable, width: int = 80) -> list[str]:
-    """The lines of a text or a table."""
-    console = Console(file=StringIO(), width=width, highlight=False, markup=False)
-    console.print(renderable)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
-
-
 def drawings(output: str) -> list[str]:
     """What a terminal showed, one after the other, without styles; the last stands there after a view was erased."""
     return re.sub(r"\x1b\[[0-9;]*m", "", output).split("\x1b[2K")
@@ -165,8 +158,7 @@ def test_lines_break_where_those_of_the_finished_text_do(masked):
 
 
 def test_control_characters_are_shown_and_line_breaks_when_they_are_written():
-    history = History("GPT", ["a", "\x1b", "[", "2", "J", "\r", "\u202e", "[END]"])
-    assert texts_of(Replay(history)) == ["a␛[2J␍�"]
+    assert texts_of(Replay(History("GPT", [*"a\x1b[2J\r\u202e", "[END]"]))) == ["a␛[2J␍�"]
     history = written_history("ab\n")
     assert [texts_of(Replay(history, whole).advance()) for whole in (False, True)] == [["ab↵"], ["ab"]]
     line = plain_line(Replay(written_history("a\x1b[1m\n" * 500)).advance())
@@ -177,37 +169,34 @@ def test_control_characters_are_shown_and_line_breaks_when_they_are_written():
 def test_every_status_has_a_look_with_and_without_colours_and_probability_is_a_shade():
     looks = {status: Style.parse(style_of(Run("a", status, 2))) for status in Status}
     assert len(set(looks.values())) == len({look.without_color for look in looks.values()}) == 5
-    assert len({style_of(Run("a", Status.SETTLED, shade)) for shade in range(4)}) == 4
     frames = [Frame(1, 0.0, {i: ("a", p) for i, p in enumerate((0.0, 0.3, 0.6, 0.9, 1.0))}, {})]
-    assert [cell.shade for cell in Replay(History("", [], frames)).advance().cells] == [0, 1, 2, 3, 3]
+    cells = Replay(History("", [], frames)).advance().cells
+    assert [cell.shade for cell in cells] == [0, 1, 2, 3, 3]
+    assert len(set(map(style_of, cells))) == 4
 
 
 @pytest.mark.parametrize("size", [(80, 23), (60, 19), (40, 4)])
 def test_what_is_drawn_fits_the_screen_and_shows_the_last_lines(size):
     replays = [Replay(written_history("ab c\n" * 100 + end), whole=True).advance() for end in "xy"]
     for shown in ([replays[0]], replays):
-        lines = plain(side_by_side(shown, *size), size[0])
+        console = Console(file=StringIO(), width=size[0], highlight=False, markup=False)
+        console.print(side_by_side(shown, *size))
+        lines = console.file.getvalue().splitlines()
         assert len(lines) == size[1]
         assert max(map(len, lines)) <= size[0]
         assert lines[0].startswith("GPT 50.10 s, 501 ")
         assert [word.strip() for word in lines[-1].split("│")] == ["x", "y"][: len(shown)]
-    assert len(plain(side_by_side(replays, 80))) == 102
 
 
 # ------------------------------------------------------------------------------------------------- one text
 @pytest.mark.parametrize(("length", "pause", "total"), [(16, 0.12, 13.8 * 0.12), (150, 0.1, 4.76), (9, 0, 0)])
-def test_each_step_delays_a_little_less_and_all_together_a_bounded_time(terminal, clock, length, pause, total):
-    whole, times = written_history("a" * length), []
-    history = History("LLaDA", whole.start)
+def test_the_pauses_between_steps_delay_a_text_by_a_bounded_time(terminal, clock, length, pause, total):
+    history = written_history("a" * length)
     with terminal() as output, View(pause) as view:
-        for frame in whole.frames:
-            history.frames.append(frame)
+        for _ in history.frames:
             view.show(history)
-            times.append(clock[0])
     assert "".join(drawings(output())[-1].split()) == "a" * length
     assert clock[0] == pytest.approx(total, rel=0.02)
-    pauses = [b - a for a, b in pairwise(times)]
-    assert all(b <= a + 1e-9 for a, b in pairwise(pauses))  # ever faster
 
 
 @pytest.mark.parametrize("name", MODELS)

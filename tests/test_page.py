@@ -106,15 +106,6 @@ def test_logits_equal_pytorch(name, sizes, wasm):
 
 
 @needs_node
-def test_tables_may_be_mapped_side_by_side():
-    model = random_model("llada", ngram_width=6)
-    summed = in_node(model, "finite(network.forward(ids))", ids=[4, 5, 6, 1, 7])
-    weight = model.encoder.ngrams.up.weight.data
-    model.encoder.ngrams.up.weight = torch.nn.Parameter(weight.repeat(1, 5))  # a copy of the matrix for each kind
-    assert in_node(model, "finite(network.forward(ids))", ids=[4, 5, 6, 1, 7]) == pytest.approx(summed, abs=1e-4)
-
-
-@needs_node
 @torch.no_grad()
 def test_greedy_texts_equal_the_samplers():
     model, start = random_model("llada"), torch.tensor([[5, MASK_ID, MASK_ID, 9, 4] + [MASK_ID] * 14 + [7, 6]])
@@ -173,7 +164,7 @@ def test_a_page_needs_nothing_else_and_admits_one_script(tmp_path):
         assert "default-src 'none'" in html
 
 
-def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path, monkeypatch):
+def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path):
     def problem(checkpoint) -> str:
         with pytest.raises(ArgumentError, match=r"^page [^\n]*$") as caught:
             write_live_page(tmp_path / "page.html", [checkpoint], "")
@@ -190,8 +181,6 @@ def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path, monkeypat
     subwords = fake()
     subwords.tokenizer = SimpleNamespace(id_to_char=TOKENIZER.id_to_char | {9: "the"})
     assert "subwords" in problem(subwords)
-    monkeypatch.setattr(page, "MOST_BYTES", 50_000)
-    assert "--ngram-rows" in problem(checkpoint_of("gpt", ngram_rows=1009))
 
 
 def example() -> History:
@@ -262,9 +251,8 @@ def test_a_recording_plays_and_never_shows_the_future(browser, tmp_path):
         browser.press("ArrowRight")
     assert seen == [("R___", "x30 %"), ("Ra__", "␣50 %"), ("Ra:_", last), ("Ra:\n", last), ("Ri:\n", last)]
     assert browser.run(KINDS) == "g,w,w,w n pinned"  # nothing marks the last step
-    states = [(browser.press("ArrowLeft"), browser.run(STATUS))[1] for _ in range(2)]
-    assert states[0].startswith("Step 3 of 4: after one look at the whole text, 1 character written")
-    assert "1 character written at once; 1 still masked" in states[1]
+    browser.press("ArrowLeft")
+    assert browser.run(STATUS).startswith("Step 3 of 4: after one look at the whole text, 1 character written")
     browser.press("Home")
     browser.press(" ")
     browser.wait("!viewer.playing && viewer.panels[0].step === 4")
@@ -357,10 +345,9 @@ def test_the_text_is_edited_masked_filled_and_undone(browser, tmp_path):
         browser.press("z", ctrl=True)
     assert text_of(browser) == full
     assert browser.run("viewer.panels[0].step") == 3  # with its steps
-    browser.point("#undo", click=True)
-    assert text_of(browser) == "a___de"
-    browser.point("#redo", click=True)
-    assert text_of(browser) == full
+    for button, text in (("#undo", "a___de"), ("#redo", full)):
+        browser.point(button, click=True)
+        assert text_of(browser) == text
     browser.point("#add", click=True)
     assert len(text_of(browser)) == 40
     browser.run("correct.value = 1")
