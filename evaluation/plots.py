@@ -10,7 +10,6 @@ STYLE = {
     **{"figure.dpi": 150, "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8},
 }
-VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 GROUPS = {  # of characters, and their colours
     **{"vowels": "#D55E00", "consonants": "#0072B2", "capitals": "#009E73"},
     **{"digits": "#CC79A7", "punctuation, blanks": "#000000"},
@@ -101,7 +100,7 @@ def embeddings(figure, metrics: dict):
         for group, colour in GROUPS.items():
             axes.plot([], [], "o", color=colour, label=group)
         for char, xy in zip(characters, found["xy"], strict=True):
-            shown = VISIBLE.get(char) or (char if char.isprintable() else ascii(char)[1:-1])
+            shown = "␣" if char == " " else repr(char)[1:-1]
             axes.plot(*xy, "o", color=GROUPS[group_of(char)], alpha=0.2)
             axes.annotate(shown, xy, color=GROUPS[group_of(char)], ha="center", va="center", fontsize=9)
         first, second = (f"component, {100 * share:.0f} % of the variance" for share in found["shares"])

@@ -207,8 +207,7 @@ def evaluate(runs: dict[str, Checkpoint], corpus: Corpus, quick: bool = False, s
         entries["samplers"], written = compare_samplers(runs, rows, results, few, seed)
         scale = T / float(rows[0].characters.double().mean())
         entries["positions"] = {x: (scale * r.token_nats[:N, :T]).mean(0).tolist() for x, r in results.items()}
-        curves = {name: result.curve for name, result in results.items() if result.curve is not None}
-        entries["masking_curve"] = {name: (scale * curve[1:]).tolist() for name, curve in curves.items()}
+        entries["masking_curve"] = {x: (scale * r.curve[1:]).tolist() for x, r in results.items() if r.is_bound}
     if tokenizer.is_exact:  # subwords have no such map
         entries["characters"] = tokenizer.characters
         weights = {x: run.model.encoder.embedding.weight[-len(tokenizer.characters) :] for x, run in runs.items()}

@@ -126,13 +126,10 @@ def sampling(args: argparse.Namespace) -> Iterator[Row]:
 
 def filled(model: Transformer, windows: Tensor, hole: slice, **settings) -> Tensor:
     """What a model writes into the hole of windows (N, T): (N, n). GPT sees nothing behind it."""
-    starts = windows.clone()
+    end, settings_class = (hole.stop, DecodingConfig) if isinstance(model, GPT) else (None, SamplingConfig)
+    starts = windows[:, :end].clone()
     starts[:, hole] = MASK_ID
-    if isinstance(model, GPT):
-        starts, config = starts[:, : hole.stop], DecodingConfig(**settings)
-    else:
-        config = SamplingConfig(**settings)
-    *_, state = write(model, list(starts), config, torch.Generator().manual_seed(0))
+    *_, state = write(model, list(starts), settings_class(**settings), torch.Generator().manual_seed(0))
     return torch.stack(state.texts)[:, hole]
 
 

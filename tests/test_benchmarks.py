@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from toy import random_model
 
 from autoregressive import exact_nll
@@ -115,33 +116,30 @@ def test_decoders_write_as_many_characters_as_they_say(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- budget
-SCRIPT = """
-import argparse, json, pathlib
-parser = argparse.ArgumentParser()
-for flag in ("--model", "--minutes", "--seed", "--val-fraction", "--data", "--sweep-share", "--out"):
-    parser.add_argument(flag)
-args = parser.parse_args()
-folder = pathlib.Path(args.out) / args.model
-folder.mkdir()
-summary = {"nats_per_char": float(args.minutes) + int(args.seed), "is_bound": args.model == "llada"}
-(folder / "summary.json").write_text(json.dumps(summary | {"tokens_per_second": 7.0}))
-"""
+def test_a_budget_is_scaled_by_the_machine_and_its_losses_are_medians(monkeypatch):
+    def run_train(*flags):
+        given = dict(flag.split("=") for flag in flags if "=" in flag)
+        assert flags[-2:] == ("text.txt", f"--seed={given['--seed']}")
+        assert given["--val-fraction"] == "0.1"
+        assert given.get("--sweep-share") == ("0" if given["--model"] == "llada" else None)
+        loss, is_bound = float(given["--minutes"]) + int(given["--seed"]), given["--model"] == "llada"
+        return {"nats_per_char": loss, "is_bound": is_bound, "tokens_per_second": 7.0}
 
-
-def test_a_budget_is_scaled_by_the_machine_and_its_losses_are_medians(tmp_path, monkeypatch):
-    """With a script in place of train.py that returns what it was given."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    monkeypatch.setattr(bench, "TRAIN", tmp_path / "train.py")
+    monkeypatch.setattr(bench, "run_train", run_train)
     monkeypatch.setattr(bench, "gigaflops", lambda: 200.0)
     monkeypatch.setattr(bench, "BUDGETS", (60,))
     _, llada, gpt = bench.budget(Namespace(quick=False, data=["text.txt"]))
     assert gpt == ("60", "gpt", "1.5000", "exact", "0.5000 1.5000 2.5000", "7")
     assert llada[3] == "upper bound"
-    monkeypatch.undo()  # the real train.py takes the flags: its first complaint is about the text
-    monkeypatch.chdir(tmp_path)
-    flags = ("--model=llada", "--seed=0", "--val-fraction=0.1", "--minutes=0.6", "--sweep-share=0")
+
+
+def test_a_budget_trains_in_a_process_of_its_own(corpus_file):
+    flags = "--model=llada", "--val-fraction=0.1", "--minutes=0.001", "--sweep-share=0", "--seed=0", *TINY, "--data"
+    summary = bench.run_train(*flags, str(corpus_file))
+    assert summary["is_bound"]
+    assert min(summary["nats_per_char"], summary["tokens_per_second"]) > 0
     with pytest.raises(OSError, match=r"--data.*missing\.txt: no such file"):
-        bench.run_train(*flags, "--data", "missing.txt")
+        bench.run_train(*flags, "missing.txt")
 
 
 # ------------------------------------------------------------------------------------------------- command line

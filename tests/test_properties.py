@@ -16,12 +16,10 @@ from trainer import objective_of
 
 ODD_TEXTS = {
     "one character": "a",
-    "no newline": "abc" * 50,
     "CRLF": "to be\r\nor not\r\n" * 20,
     "BOM": "\ufeffto be or not\n" * 20,
     "NUL and escapes": "abc\x00\x1b[2J\x07c\n" * 20,
     "combining marks and four bytes": "e\u0301🎭\U0001d11e\n" * 20,
-    "every character the same": "x" * 500,
     "the names of special tokens": "[MASK] [PAD] [START] [END]\n" * 20,
     "more than 255 characters": "".join(map(chr, range(0x100, 0x300))),
     "more than 65,535 characters": "".join(map(chr, [*range(0x20, 0xD800), *range(0xE000, 0x13000)])),
