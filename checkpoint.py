@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -22,11 +22,11 @@ from tokenizer import SimpleTokenizer, Tokenizer
 from utils.console import say
 from utils.devices import pick_device
 from utils.errors import ArgumentError, check_number
-from utils.files import atomic_write, check_seal, locked, seal, sha256_of
+from utils.files import atomic_write, check_seal, locked, seal
 
-FORMAT = 3
+FORMAT = 4
 ENTRIES = {  # of the dictionary in a file, and their types
-    **{"format": int, "name": str, "config": dict, "base": dict | None, "model": dict, "tokenizer": dict},
+    **{"format": int, "name": str, "config": dict, "model": dict, "tokenizer": dict},
     **{"corpus": dict, "step": int, "history": list, "training": dict},
 }
 TABLES, SCALE = "encoder.ngrams.tables.weight", "encoder.ngrams.tables.weight.scale"  # most of the bytes of a model
@@ -102,13 +102,11 @@ class Checkpoint:
     path: Path | None = None
 
 
-def save_checkpoint(
-    path: str | Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None, base: dict | None = None
-) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None) -> None:
     """Write `checkpoint` to `path` atomically, with its hash at the end: if this fails, the file that was there stays.
 
-    weights: to write these instead of the model's, without the training state. base: {"path", "sha256"} of the
-    checkpoint that has the weights which are missing. Raises ValueError for weights that are not finite, and OSError.
+    weights: to write these instead of the model's, without the training state. Raises ValueError for weights that are
+    not finite, and OSError.
     """
     path, model = Path(path), checkpoint.model
     training = checkpoint.training if weights is None else {}
@@ -116,7 +114,7 @@ def save_checkpoint(
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
-    values = FORMAT, model.name, model.config.to_dict(), base, weights, checkpoint.tokenizer.to_dict()
+    values = FORMAT, model.name, model.config.to_dict(), weights, checkpoint.tokenizer.to_dict()
     values += checkpoint.corpus, checkpoint.step, checkpoint.history, training
     with atomic_write(path) as temporary:
         try:
@@ -147,17 +145,16 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resumi
     """
     device, path = pick_device(str(device)), checkpoint_file(path)
     state = read_state(path)
-    base = base_of(path, state["base"]) if state["base"] else None
     try:
         config, tokenizer = ModelConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
         with torch.random.fork_rng(devices=[]):  # the first weights are replaced: leave the generator as it was
-            model = new_model(state["name"], config) if base is None else continued(base, config)
+            model = new_model(state["name"], config)
         weights = state["model"]
         if SCALE in weights:
             weights[TABLES] = weights[TABLES] * weights.pop(SCALE).float()[:, None]
-        model.load_state_dict(weights if base is None else model.state_dict() | weights)
+        model.load_state_dict(weights)
     except (TypeError, KeyError, ValueError, RuntimeError) as error:  # other fields, sizes, weights or tokenizer
         problem = " ".join(str(error).split())[:200]  # torch's are several lines
         raise ValueError(f"{path}: of another version of the network ({problem}): train it again") from None
@@ -192,19 +189,6 @@ def read_state(path: Path) -> dict:
     if not is_ours or state["format"] != FORMAT or state["name"] not in MODELS:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
     return state
-
-
-def base_of(path: Path, base: dict) -> Transformer:
-    """The model from which the adapters in `path` began: where it was, or any .pt file beside them that is the same.
-
-    Raises ValueError if it is not there.
-    """
-    for file in (Path(str(base.get("path"))), *sorted(path.resolve().parent.glob("*.pt"))):
-        with suppress(OSError):
-            if sha256_of(file) == base.get("sha256"):
-                return load_checkpoint(file).model
-    missing = f"{base.get('path')}, which is missing or has changed"
-    raise ValueError(f"{path}: holds adapters of {missing}: restore that file, or put it beside, under any name")
 
 
 def find_checkpoints(folder: str | Path | None = None) -> list[Path]:
@@ -281,15 +265,6 @@ class CheckpointWriter:
             say(f"the run that was in {self.folder} is now in {aside}")
         self.is_new = False
         save_checkpoint(self.folder / name, self.trainer.checkpoint())
-
-    def save_summary(self, summary: dict, best: Checkpoint) -> None:
-        """Write summary.json; of a run that trained adapters also adapters.pt, those of `best` alone."""
-        if best.model.config.lora_rank:
-            from extras.lora import adapter_state
-
-            base = summary["fine_tuning"]["base"]
-            save_checkpoint(self.folder / "adapters.pt", best, adapter_state(best.model), base)
-        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the run."""

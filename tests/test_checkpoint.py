@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,10 +25,9 @@ from checkpoint import (
 )
 from config import ModelConfig
 from extras.bpe import train_bpe
-from extras.lora import adapter_state
 from model import MODELS
 from tokenizer import SimpleTokenizer
-from utils.files import seal, sha256_of
+from utils.files import seal
 
 TOKENS = torch.tensor([[4, 5, 6]])
 SIZES = {"block_size": 8, "n_embd": 8, "n_layer": 1}
@@ -91,24 +89,14 @@ def test_exported_weights_are_those_of_the_model_in_half_precision_and_the_table
     assert ((read - table).abs() <= 0.6 / 127 * largest).all()
 
 
-def test_adapters_alone_need_the_model_that_they_change_wherever_it_is(tmp_path):
-    """Also with a calibrated head: issue 22, point 1. The base may be moved beside the adapters: issue 24, point 25."""
-    (tmp_path / "a").mkdir()
-    save_checkpoint(tmp_path / "base.pt", small())
-    tuned = adapted(load_checkpoint(tmp_path / "base.pt"))
-    note = {"path": str(tmp_path / "base.pt"), "sha256": sha256_of(tmp_path / "base.pt")}
-    save_checkpoint(tmp_path / "a/adapters.pt", tuned, adapter_state(tuned.model), note)
+def test_adapters_stay_for_a_run_to_resume_and_are_merged_for_others(tmp_path):
+    tuned = adapted(small())
     expected = tuned.model(TOKENS)
-    assert torch.equal(load_checkpoint(tmp_path / "a/adapters.pt", resuming=True).model(TOKENS), expected)
-    loaded = load_checkpoint(tmp_path / "a/adapters.pt").model
+    save_checkpoint(tmp_path / "last.pt", tuned)
+    assert torch.equal(load_checkpoint(tmp_path / "last.pt", resuming=True).model(TOKENS), expected)
+    loaded = load_checkpoint(tmp_path / "last.pt").model
     assert loaded.config.lora_rank == 0
     assert torch.allclose(loaded(TOKENS), expected, rtol=1e-4, atol=1e-4)
-    shutil.move(tmp_path / "base.pt", tmp_path / "a/any.pt")
-    assert torch.equal(load_checkpoint(tmp_path / "a/adapters.pt").model(TOKENS), loaded(TOKENS))
-    (tmp_path / "a/any.pt").unlink()
-    save_checkpoint(tmp_path / "base.pt", small(segments="line"))
-    with pytest.raises(ValueError, match=r"adapters.pt: holds adapters of .*base.pt, which is missing or has changed"):
-        load_checkpoint(tmp_path / "a/adapters.pt")
 
 
 # ------------------------------------------------------------------------------------------------- files to refuse
@@ -153,7 +141,7 @@ HEAD = "head.weight"
         (lambda state: {k: v for k, v in state.items() if k != "step"}, "not a checkpoint of this version"),
         (lambda state: state | {"extra": 1}, "not a checkpoint of this version"),
         (lambda state: state | {"step": "3"}, "not a checkpoint of this version"),
-        (lambda state: state | {"format": 99}, "format 3"),
+        (lambda state: state | {"format": 99}, "format 4"),
         (lambda state: state | {"name": "bert"}, "not a checkpoint of this version"),
         (lambda state: state | {"model": {k: v for k, v in state["model"].items() if k != HEAD}}, "Missing key"),
         (altered("model", extra=torch.zeros(2)), "Unexpected key"),
@@ -171,7 +159,6 @@ HEAD = "head.weight"
         (altered("tokenizer", characters=5), "iterable"),
         (altered("tokenizer", special_tokens=["[PAD]"]), "special tokens"),
         (lambda state: state | {"tokenizer": {}}, "special_tokens"),
-        (lambda state: state | {"base": {"path": 3}}, "adapters"),
     ],
 )
 def test_contents_that_do_not_fit_are_refused(tmp_path, change, problem):
