@@ -138,24 +138,18 @@ HEAD = "head.weight"
     ("change", "problem"),
     [
         (lambda state: [1, 2], "not a checkpoint of this version"),
-        (lambda state: {k: v for k, v in state.items() if k != "step"}, "not a checkpoint of this version"),
-        (lambda state: state | {"extra": 1}, "not a checkpoint of this version"),
-        (lambda state: state | {"step": "3"}, "not a checkpoint of this version"),
-        (lambda state: state | {"format": 99}, "format 4"),
-        (lambda state: state | {"name": "bert"}, "not a checkpoint of this version"),
-        (lambda state: state | {"model": {k: v for k, v in state["model"].items() if k != HEAD}}, "Missing key"),
+        (lambda state: state | {"format": 3}, "format 4"),
+        (lambda state: {k: v for k, v in state.items() if k != "step"}, "step"),
+        (lambda state: state | {"name": "bert"}, "of another version of the network .'bert'.: train it again"),
         (altered("model", extra=torch.zeros(2)), "Unexpected key"),
         (altered("model", **{HEAD: torch.zeros(7, 9)}), "size mismatch"),
         (altered("model", **{HEAD: "weights"}), "of another version"),
         (altered("model", **{SCALE: torch.zeros(7, dtype=torch.float16)}), "must match the size"),
         (altered("config", n_expert=8), "n_expert"),
         (altered("config", n_embd="8"), "of another version"),
-        (altered("config", n_embd=9), "n_embd must be a multiple"),
         (altered("config", n_embd=1 << 20), "of another version"),
         (altered("config", n_layer=3), "Missing key"),
-        (altered("config", n_layer=10**9), "n_layer must be at most"),
         (altered("config", vocab_size=8), "7 tokens, its network 8"),
-        (altered("tokenizer", characters="abcd"), "8 tokens, its network 7"),
         (altered("tokenizer", characters=5), "iterable"),
         (altered("tokenizer", special_tokens=["[PAD]"]), "special tokens"),
         (lambda state: state | {"tokenizer": {}}, "special_tokens"),
@@ -171,14 +165,6 @@ def test_contents_that_do_not_fit_are_refused(tmp_path, change, problem):
         load_checkpoint(path)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_missing_device_is_named(tmp_path):
-    save_checkpoint(tmp_path / "last.pt", small())
-    for device in ("cuda", torch.device("cuda", 0), "quantum"):
-        with pytest.raises(ValueError, match=f"device {device}: not available on this machine; use one of: .*cpu"):
-            load_checkpoint(tmp_path / "last.pt", device)
 
 
 # ------------------------------------------------------------------------------------------------- writing, finding
