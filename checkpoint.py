@@ -1,41 +1,37 @@
 """Checkpoints: one self-contained file with everything needed to generate, evaluate or resume, and the files of a run.
 
-They hold tensors and plain values only, so that loading one never runs code. What a file or a configuration asks for of
-extras/ is imported here, so that the story need not know it.
+They hold tensors and plain values only, so that loading one never runs code. The extras/ that one needs are imported
+here, so that the story need not know them.
 """
 
 import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from config import ModelConfig
 from model import MODELS, NEVER_PREDICTED, Transformer
 from tokenizer import SimpleTokenizer, Tokenizer
 from utils.console import say
 from utils.devices import pick_device
-from utils.errors import ArgumentError, check_number
-from utils.files import atomic_write, check_seal, locked, seal, sha256_of
+from utils.errors import ArgumentError
+from utils.files import atomic_write, check_seal, locked, seal
 
-FORMAT = 3
-ENTRIES = {  # of the dictionary in a file, and their types
-    **{"format": int, "name": str, "config": dict, "base": dict | None, "model": dict, "tokenizer": dict},
-    **{"corpus": dict, "step": int, "history": list, "training": dict},
-}
+FORMAT = 4
 TABLES, SCALE = "encoder.ngrams.tables.weight", "encoder.ngrams.tables.weight.scale"  # most of the bytes of a model
+RECORDS = ("corpus", "step", "history", "training")  # of a Checkpoint, which are saved as they are
 RUN_FILES = ("best.pt", "last.pt")  # of a run's folder, which stands for the first of them that it holds
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the project: NAME.pt
 
 
 # ------------------------------------------------------------------------------------------------- networks
-def new_model(name: str, config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Transformer:
+def new_model(name: str, config: ModelConfig, weights: dict[str, torch.Tensor] | None = None) -> Transformer:
     """A network with random weights, or with those given. Adapters, if it has any, are new. Raises ArgumentError."""
     if config.arch == "vanilla":
         import extras.vanilla
@@ -52,14 +48,13 @@ def new_model(name: str, config: ModelConfig, weights: dict[str, Tensor] | None 
 
 
 def continued(base: Transformer, config: ModelConfig) -> Transformer:
-    """A new network with the weights of `base`, without its adapters. Only the vocabulary may be larger.
+    """A new network with the weights of `base`, its adapters merged. The vocabulary may be larger.
 
     The rows, n-grams and logits of old ids stay as they are, bit for bit. A new id's row of the head is the mean of
     the old ones, so its logit is the mean of theirs: the loss on old text grows by at most log(1 + new / old) (Jensen).
     Its embedding is the mean too (Hewitt 2021, "Initializing new word embeddings"), with noise of a tenth of their
-    standard deviation, so that new ids differ. Raises ArgumentError for a smaller vocabulary.
+    standard deviation, so that new ids differ.
     """
-    check_number("vocab_size", config.vocab_size, low=base.config.vocab_size)
     state, new = merged(base).state_dict(), config.vocab_size - base.config.vocab_size
     if new:
         embedding, head = state["encoder.embedding.weight"], state["head.weight"]  # (V, C) each
@@ -96,32 +91,28 @@ class Checkpoint:
     model: Transformer
     tokenizer: Tokenizer
     corpus: dict  # {"name", "sha256", "val_fraction"} of the text it was trained on
-    step: int = 0  # of this run and of those that it began from
+    step: int = 0  # steps of this run and of those that it began from
     history: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
     training: dict = field(default_factory=dict)  # what resuming needs, see `Trainer.checkpoint`
     path: Path | None = None
 
 
-def save_checkpoint(
-    path: str | Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None, base: dict | None = None
-) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write `checkpoint` to `path` atomically, with its hash at the end: if this fails, the file that was there stays.
 
-    weights: to write these instead of the model's, without the training state. base: {"path", "sha256"} of the
-    checkpoint that has the weights which are missing. Raises ValueError for weights that are not finite, and OSError.
+    weights: to write instead of the model's. Raises ValueError for weights that are not finite, and OSError.
     """
     path, model = Path(path), checkpoint.model
-    training = checkpoint.training if weights is None else {}
-    weights = model.state_dict() if weights is None else weights
+    weights = weights or model.state_dict()
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite: the training diverged, try a smaller --lr and --ngram-lr")
-    values = FORMAT, model.name, model.config.to_dict(), base, weights, checkpoint.tokenizer.to_dict()
-    values += checkpoint.corpus, checkpoint.step, checkpoint.history, training
+    state = {"format": FORMAT, "name": model.name, "config": model.config.to_dict(), "model": weights}
+    state |= {"tokenizer": checkpoint.tokenizer.to_dict()} | {name: getattr(checkpoint, name) for name in RECORDS}
     with atomic_write(path) as temporary:
         try:
             with open(temporary, "wb") as file:
-                torch.save(dict(zip(ENTRIES, values, strict=True)), file)
+                torch.save(state, file)
         except RuntimeError as error:  # which torch makes of an OSError, such as that of a full disk
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         seal(temporary)
@@ -135,7 +126,7 @@ def export_weights(path: str | Path, checkpoint: Checkpoint) -> None:
         rows = weights[TABLES]
         half[SCALE] = (rows.abs().amax(1) / 127).clamp(min=1e-8).half().clamp(min=2**-24)  # (rows,), one for each
         half[TABLES] = (rows / half[SCALE].float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-    save_checkpoint(path, checkpoint, half)
+    save_checkpoint(path, replace(checkpoint, training={}), half)
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -147,30 +138,26 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", resumi
     """
     device, path = pick_device(str(device)), checkpoint_file(path)
     state = read_state(path)
-    base = base_of(path, state["base"]) if state["base"] else None
     try:
         config, tokenizer = ModelConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its network {config.vocab_size}")
-        with torch.random.fork_rng(devices=[]):  # the first weights are replaced: leave the generator as it was
-            model = new_model(state["name"], config) if base is None else continued(base, config)
         weights = state["model"]
         if SCALE in weights:
             weights[TABLES] = weights[TABLES] * weights.pop(SCALE).float()[:, None]
-        model.load_state_dict(weights if base is None else model.state_dict() | weights)
+        with torch.random.fork_rng(devices=[]):  # the first weights are replaced: leave the generator as it was
+            model = new_model(state["name"], config)
+        model.load_state_dict(weights)
+        records = {name: state[name] for name in RECORDS}
     except (TypeError, KeyError, ValueError, RuntimeError) as error:  # other fields, sizes, weights or tokenizer
         problem = " ".join(str(error).split())[:200]  # torch's are several lines
         raise ValueError(f"{path}: of another version of the network ({problem}): train it again") from None
-    rest = {name: state[name] for name in ("corpus", "step", "history", "training")}
     model = model if resuming else merged(model)
-    return Checkpoint(model.to(device).eval(), tokenizer, **rest, path=path)
+    return Checkpoint(model.to(device).eval(), tokenizer, **records, path=path)
 
 
 def checkpoint_file(path: str | Path, names: tuple[str, ...] = RUN_FILES) -> Path:
-    """A file as it is; of a run's folder the first of the files `names` that it holds.
-
-    Raises ValueError for a folder that holds none of them.
-    """
+    """A file as it is; of a run's folder the first of the files `names` that it holds. Raises ValueError for none."""
     path = Path(path)
     files = [path / name for name in names if (path / name).is_file()]
     if path.is_dir() and not files:
@@ -179,7 +166,7 @@ def checkpoint_file(path: str | Path, names: tuple[str, ...] = RUN_FILES) -> Pat
 
 
 def read_state(path: Path) -> dict:
-    """The dictionary in a checkpoint's file, verified: its hash, its entries and their types."""
+    """The dictionary in a checkpoint's file, verified by its hash."""
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; train one with `python train.py`")
     check_seal(path)
@@ -187,24 +174,9 @@ def read_state(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a foreign file
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}): train it again") from None
-    is_ours = isinstance(state, dict) and state.keys() == ENTRIES.keys()
-    is_ours = is_ours and all(isinstance(state[name], kind) for name, kind in ENTRIES.items())
-    if not is_ours or state["format"] != FORMAT or state["name"] not in MODELS:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this version (format {FORMAT}): train it again")
     return state
-
-
-def base_of(path: Path, base: dict) -> Transformer:
-    """The model from which the adapters in `path` began: where it was, or any .pt file beside them that is the same.
-
-    Raises ValueError if it is not there.
-    """
-    for file in (Path(str(base.get("path"))), *sorted(path.resolve().parent.glob("*.pt"))):
-        with suppress(OSError):
-            if sha256_of(file) == base.get("sha256"):
-                return load_checkpoint(file).model
-    missing = f"{base.get('path')}, which is missing or has changed"
-    raise ValueError(f"{path}: holds adapters of {missing}: restore that file, or put it beside, under any name")
 
 
 def find_checkpoints(folder: str | Path | None = None) -> list[Path]:
@@ -238,8 +210,7 @@ class CheckpointWriter:
     """Writes a run's files: best.pt (if it is the best so far), metrics.jsonl and last.pt at every validation.
 
     last.pt is the last of them: what a killed process had written before, the resumed run writes again. `trainer` is a
-    `trainer.Trainer`, of which only history and checkpoint() are used. If `folder` holds another run, that is moved
-    aside when the first checkpoint of this one is written.
+    `trainer.Trainer`. Another run in `folder` is moved aside when the first checkpoint of this one is written.
     """
 
     def __init__(self, trainer, folder: Path, resumed_from: Path | None = None):
@@ -282,15 +253,6 @@ class CheckpointWriter:
         self.is_new = False
         save_checkpoint(self.folder / name, self.trainer.checkpoint())
 
-    def save_summary(self, summary: dict, best: Checkpoint) -> None:
-        """Write summary.json; of a run that trained adapters also adapters.pt, those of `best` alone."""
-        if best.model.config.lora_rank:
-            from extras.lora import adapter_state
-
-            base = summary["fine_tuning"]["base"]
-            save_checkpoint(self.folder / "adapters.pt", best, adapter_state(best.model), base)
-        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
-
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the run."""
         with atomic_write(self.folder / name) as temporary:
@@ -311,8 +273,5 @@ def deciding_loss(record: dict) -> float:
     """The loss of a validation by which best.pt is chosen: that of what the sampler writes, where it is trained.
 
     Calibrated losses, which exist at the end alone, never decide.
-
-    >>> deciding_loss({"val_loss": 1.6}), deciding_loss({"val_loss": 1.6, "sampler_loss": 1.4})
-    (1.6, 1.4)
     """
     return record.get("sampler_loss", record["val_loss"])

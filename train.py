@@ -1,6 +1,7 @@
 """Train LLaDA or GPT: `python train.py --help`. This file is the command line; the run itself is in trainer.py."""
 
 import argparse
+import json
 import math
 import shlex
 import signal
@@ -206,7 +207,7 @@ def train(args: argparse.Namespace) -> None:
             writer.on_validation(trainer.history[-1])
         best = trainer.keep(writer.best)
         summary = summarize(trainer)
-        writer.save_summary(summary, best)
+        writer.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         say_summary(summary, best.history[-1], trainer.config)
         say(f"wrote best.pt, last.pt, metrics.jsonl and summary.json to {folder}")
         if args.export:

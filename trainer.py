@@ -27,7 +27,6 @@ from optim import build_optimizers, learning_rate_factor, set_learning_rate
 from utils.console import say
 from utils.devices import memory_problem
 from utils.errors import ArgumentError
-from utils.files import sha256_of
 from utils.processes import Processes
 
 SHORT_PARTS = 2  # into how many a window is cut while windows are short
@@ -94,8 +93,7 @@ class Trainer:
         self.replica = processes.replicate(self.model)  # its gradients are averaged over the processes
         self.fine_tuning: dict | None = None  # the checkpoint that this run began from, and its score on the new text
         if base:
-            file = {"path": str(base.path.resolve()), "sha256": sha256_of(base.path)}
-            self.fine_tuning = {"base": file, "new_before": self.score().nats_per_char}
+            self.fine_tuning = {"base": str(base.path.resolve()), "new_before": self.score().nats_per_char}
 
     def split_corpus(self) -> None:
         """Set the rows to train on, to calibrate and to validate on."""

@@ -67,10 +67,3 @@ def merge_adapters(model: Transformer) -> None:
             remove_parametrizations(module, name, leave_parametrized=True)
     model.requires_grad_(True)
     model.config = replace(model.config, lora_rank=0)
-
-
-def adapter_state(model: Transformer) -> dict[str, Tensor]:
-    """What differs from the model that they were added to, by its names in the state_dict: what is trained, and the
-    head, which calibration scales."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad} | {"head.weight"}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in trained}

@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,10 +25,9 @@ from checkpoint import (
 )
 from config import ModelConfig
 from extras.bpe import train_bpe
-from extras.lora import adapter_state
 from model import MODELS
 from tokenizer import SimpleTokenizer
-from utils.files import seal, sha256_of
+from utils.files import seal
 
 TOKENS = torch.tensor([[4, 5, 6]])
 SIZES = {"block_size": 8, "n_embd": 8, "n_layer": 1}
@@ -76,51 +74,30 @@ def adapted(base: Checkpoint) -> Checkpoint:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_exported_weights_are_those_of_the_model_in_half_precision_and_the_tables_in_8_bits(tmp_path, rank):
+    """Adapters are merged there; in a run's file they stay for those who resume it."""
     saved = adapted(small()) if rank else small()
     expected = saved.model(TOKENS)
+    save_checkpoint(tmp_path / "last.pt", saved)
+    assert torch.equal(load_checkpoint(tmp_path / "last.pt", resuming=True).model(TOKENS), expected)
     export_weights(tmp_path / "x.pt", saved)
-    loaded = load_checkpoint(tmp_path / "x.pt")
-    assert loaded.model.config.lora_rank == 0
+    for name, rtol, atol in (("last.pt", 1e-4, 1e-4), ("x.pt", 3e-2, 0.1)):
+        loaded = load_checkpoint(tmp_path / name)
+        assert loaded.model.config.lora_rank == 0
+        assert torch.allclose(loaded.model(TOKENS), expected, rtol=rtol, atol=atol)
     assert loaded.training == {}
-    assert torch.allclose(loaded.model(TOKENS), expected, rtol=3e-2, atol=0.1)
     stored = torch.load(tmp_path / "x.pt")["model"]
     assert {tensor.dtype for name, tensor in stored.items() if name != TABLES} == {torch.float16}
     assert stored[TABLES].dtype == torch.int8
     table, read = saved.model.encoder.ngrams.tables.weight, loaded.model.encoder.ngrams.tables.weight
-    largest = table.abs().amax(1, keepdim=True)
-    assert ((read - table).abs() <= 0.6 / 127 * largest).all()
-
-
-def test_adapters_alone_need_the_model_that_they_change_wherever_it_is(tmp_path):
-    """Also with a calibrated head: issue 22, point 1. The base may be moved beside the adapters: issue 24, point 25."""
-    (tmp_path / "a").mkdir()
-    save_checkpoint(tmp_path / "base.pt", small())
-    tuned = adapted(load_checkpoint(tmp_path / "base.pt"))
-    note = {"path": str(tmp_path / "base.pt"), "sha256": sha256_of(tmp_path / "base.pt")}
-    save_checkpoint(tmp_path / "a/adapters.pt", tuned, adapter_state(tuned.model), note)
-    expected = tuned.model(TOKENS)
-    assert torch.equal(load_checkpoint(tmp_path / "a/adapters.pt", resuming=True).model(TOKENS), expected)
-    loaded = load_checkpoint(tmp_path / "a/adapters.pt").model
-    assert loaded.config.lora_rank == 0
-    assert torch.allclose(loaded(TOKENS), expected, rtol=1e-4, atol=1e-4)
-    shutil.move(tmp_path / "base.pt", tmp_path / "a/any.pt")
-    assert torch.equal(load_checkpoint(tmp_path / "a/adapters.pt").model(TOKENS), loaded(TOKENS))
-    (tmp_path / "a/any.pt").unlink()
-    save_checkpoint(tmp_path / "base.pt", small(segments="line"))
-    with pytest.raises(ValueError, match=r"adapters.pt: holds adapters of .*base.pt, which is missing or has changed"):
-        load_checkpoint(tmp_path / "a/adapters.pt")
+    assert ((read - table).abs() <= 0.6 / 127 * table.abs().amax(1, keepdim=True)).all()
 
 
 # ------------------------------------------------------------------------------------------------- files to refuse
-def test_sealed_files_that_are_no_checkpoints_are_named(tmp_path):
-    """Without the seal: test_bad_input.py."""
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")  # unpickling it would run code
-    for name in ("text.pt", "other.pt", "pickle.pt"):
-        seal(tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name}: not a .*checkpoint"):
-            load_checkpoint(tmp_path / name)
+def test_unpickling_runs_no_code(tmp_path):
+    torch.save(SimpleTokenizer("code"), tmp_path / "pickle.pt")
+    seal(tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match=r"pickle.pt: not a readable checkpoint"):
+        load_checkpoint(tmp_path / "pickle.pt")
 
 
 def test_every_changed_byte_cut_and_addition_is_noticed(tmp_path):
@@ -130,8 +107,7 @@ def test_every_changed_byte_cut_and_addition_is_noticed(tmp_path):
     ends = [*range(100), *range(len(content) - 100, len(content))]
     places = [*ends, *(draw.randrange(len(content)) for _ in range(200))]
     flipped = (content[:i] + bytes([content[i] ^ 1 << draw.randrange(8)]) + content[i + 1 :] for i in places)
-    cut_or_longer = content[:-1], content[:100], content + b"\0", content + content, content[1:], b"\0" + content
-    for other in (*flipped, *cut_or_longer):
+    for other in (*flipped, content[:-1], content[:100], b"", content + b"\0", content + content, content[1:]):
         path.write_bytes(other)
         with pytest.raises(ValueError, match=r"a\.pt: its content does not match its SHA-256"):
             load_checkpoint(path)
@@ -150,28 +126,21 @@ HEAD = "head.weight"
     ("change", "problem"),
     [
         (lambda state: [1, 2], "not a checkpoint of this version"),
-        (lambda state: {k: v for k, v in state.items() if k != "step"}, "not a checkpoint of this version"),
-        (lambda state: state | {"extra": 1}, "not a checkpoint of this version"),
-        (lambda state: state | {"step": "3"}, "not a checkpoint of this version"),
-        (lambda state: state | {"format": 99}, "format 3"),
-        (lambda state: state | {"name": "bert"}, "not a checkpoint of this version"),
-        (lambda state: state | {"model": {k: v for k, v in state["model"].items() if k != HEAD}}, "Missing key"),
+        (lambda state: state | {"format": 3}, "format 4"),
+        (lambda state: {k: v for k, v in state.items() if k != "step"}, "step"),
+        (lambda state: state | {"name": "bert"}, "of another version of the network .'bert'.: train it again"),
         (altered("model", extra=torch.zeros(2)), "Unexpected key"),
         (altered("model", **{HEAD: torch.zeros(7, 9)}), "size mismatch"),
         (altered("model", **{HEAD: "weights"}), "of another version"),
         (altered("model", **{SCALE: torch.zeros(7, dtype=torch.float16)}), "must match the size"),
         (altered("config", n_expert=8), "n_expert"),
         (altered("config", n_embd="8"), "of another version"),
-        (altered("config", n_embd=9), "n_embd must be a multiple"),
         (altered("config", n_embd=1 << 20), "of another version"),
         (altered("config", n_layer=3), "Missing key"),
-        (altered("config", n_layer=10**9), "n_layer must be at most"),
         (altered("config", vocab_size=8), "7 tokens, its network 8"),
-        (altered("tokenizer", characters="abcd"), "8 tokens, its network 7"),
         (altered("tokenizer", characters=5), "iterable"),
         (altered("tokenizer", special_tokens=["[PAD]"]), "special tokens"),
         (lambda state: state | {"tokenizer": {}}, "special_tokens"),
-        (lambda state: state | {"base": {"path": 3}}, "adapters"),
     ],
 )
 def test_contents_that_do_not_fit_are_refused(tmp_path, change, problem):
@@ -186,29 +155,13 @@ def test_contents_that_do_not_fit_are_refused(tmp_path, change, problem):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_missing_device_is_named(tmp_path):
-    save_checkpoint(tmp_path / "last.pt", small())
-    for device in ("cuda", torch.device("cuda", 0), "quantum"):
-        with pytest.raises(ValueError, match=f"device {device}: not available on this machine; use one of: .*cpu"):
-            load_checkpoint(tmp_path / "last.pt", device)
-
-
 # ------------------------------------------------------------------------------------------------- writing, finding
-def test_weights_that_are_not_finite_and_failed_writes_leave_the_file_that_was_there(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_leave_the_file_that_was_there(tmp_path):
     save_checkpoint(tmp_path / "last.pt", small())
     before, diverged = (tmp_path / "last.pt").read_bytes(), small()
     diverged.model.head.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"last.pt: head.weight is not finite: .* --lr"):
         save_checkpoint(tmp_path / "last.pt", diverged)
-
-    def full_disk(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path / "last.pt", small())
     assert (tmp_path / "last.pt").read_bytes() == before
     assert os.listdir(tmp_path) == ["last.pt"]
 

@@ -9,7 +9,6 @@ import torch
 
 from checkpoint import load_checkpoint
 from extras.bpe import BPETokenizer
-from extras.lora import adapter_state
 from generation.text import GeneratorTransformer
 
 SIZES = shlex.split("--n-layer 1 --n-embd 16 --n-head 2 --block-size 32 --ngram-rows 101 --batch-size 4")
@@ -82,37 +81,33 @@ def test_fine_tuning_keeps_old_characters_and_learns_new_ones(train, model):
 
 
 @pytest.mark.parametrize("model", ["llada", "gpt"])
-def test_adapters_are_trained_alone_and_saved_alone_or_merged(train, model):
+def test_adapters_are_trained_alone_and_exported_merged(train, model):
     train("--model", model, "--data", "plays.txt", *SIZES)
     flags = shlex.split("--data plays.txt --lora-rank 2 --out tuned --export merged.pt --segments line")
     messages = train("--model", model, "--init-from", f"out/{model}/best.pt", *flags)
     base = load_checkpoint(f"out/{model}/best.pt").model.state_dict()
     tuned = load_checkpoint(f"tuned/{model}/best.pt", resuming=True)
-    trained = adapter_state(tuned.model)
     assert f"fine-tuning trained {tuned.model.num_parameters(trainable=True):,} of" in messages
-    for name, tensor in tuned.model.state_dict().items():
-        if name not in trained:
+    for name, tensor in tuned.model.named_parameters():
+        if not tensor.requires_grad and name != "head.weight":  # which calibration scales
             assert torch.equal(tensor, base[name.replace("parametrizations.weight.original", "weight")])
-    alone, merged = load_checkpoint(f"tuned/{model}/adapters.pt", resuming=True), load_checkpoint("merged.pt")
-    tokens = torch.tensor([[4, 5, 6]])
-    assert torch.equal(alone.model(tokens), tuned.model(tokens))
-    assert torch.allclose(merged.model(tokens), tuned.model(tokens), atol=1e-2)
-    sizes = [Path(name).stat().st_size for name in (f"tuned/{model}/adapters.pt", f"out/{model}/best.pt")]
-    assert sizes[0] < sizes[1] / 5
+    exported, tokens = load_checkpoint("merged.pt").model, torch.tensor([[4, 5, 6]])
+    assert exported.config.lora_rank == 0
+    assert torch.allclose(exported(tokens), tuned.model(tokens), atol=1e-2)
 
 
 @pytest.mark.parametrize("data", ["plays.txt", "book.txt"])  # without and with new characters
 def test_adapters_keep_their_calibration(train, data):
-    """Issue 22, point 1: the head is scaled, and adapters.pt remembers it."""
+    """Issue 22, point 1: the head is scaled, in best.pt and in the export."""
     train("--model", "gpt", "--data", "plays.txt", *SIZES)
     base = load_checkpoint("out/gpt/best.pt").model.head.weight
-    train("--init-from", "out/gpt", *shlex.split(f"--data {data} --lora-rank 2 --out tuned --calibration 0.1"))
+    flags = shlex.split("--lora-rank 2 --out tuned --calibration 0.1 --export x.pt")
+    train("--init-from", "out/gpt", "--data", data, *flags)
     best = load_checkpoint("tuned/gpt/best.pt")
     temperature = best.history[-1]["temperature"]
     assert temperature != pytest.approx(1, abs=1e-4)
-    for name in ("best", "adapters"):
-        head = load_checkpoint(f"tuned/gpt/{name}.pt").model.head.weight
-        assert torch.allclose(head[: len(base)], base / temperature, rtol=1e-4)
+    for tuned, rounding in ((best, 1e-4), (load_checkpoint("x.pt"), 1e-2)):
+        assert torch.allclose(tuned.model.head.weight[: len(base)], base / temperature, rtol=rounding, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def test_a_named_run_goes_on_where_it_is_and_tells_the_model(run, tmp_path):
     assert [record["step"] for record in load_checkpoint("resumed/gpt/last.pt").history] == [2, 4, 6, 8]
     run("--init-from", "novel/gpt", "--steps", "1", "--out", "tuned")
     tuned = load_checkpoint("tuned/gpt/last.pt").training
-    assert tuned["fine_tuning"]["base"]["path"] == str(tmp_path / "novel/gpt/best.pt")
+    assert tuned["fine_tuning"]["base"] == str(tmp_path / "novel/gpt/best.pt")
     assert tuned["config"]["lr"] == 0.002  # of the preset of fine-tuning
     run("--resume", "--steps", "2")  # without a name: OUT/llada
     assert load_checkpoint("out/llada").step == 2
