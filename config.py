@@ -401,10 +401,6 @@ class WriteRun:
     race: bool = setting(False, "LLaDA and GPT write from one prompt, side by side")
     top: int | None = setting(None, "show the N likeliest next tokens with their probabilities", low=1)
     beams: int | None = setting(None, "GPT: beam search with N beams", only=GPT, low=1)
-    stop: list | None = setting(
-        None, "GPT: end after this text, which may be given several times", only=GPT | {"mode": ("text", "chat")},
-        action="append", type=str, metavar="TEXT",
-    )  # fmt: skip
     compile: bool = setting(False, "GPT: 2 to 4 times as fast, after half a minute", only=COMPILED)
 
 

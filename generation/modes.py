@@ -158,7 +158,7 @@ class Task:
                 yield state
 
         shown, length = [self.known] * run.num_samples, run.length if run.infill is None else None
-        for row in pieces_of(states(), self.writer.tokenizer, shown, self.config, run.stop or (), length):
+        for row in pieces_of(states(), self.writer.tokenizer, shown, self.config, length):
             rows.append(row)
             print_out(row[0] if at_once else "")
         return ["".join(parts) for parts in zip(*rows, strict=True)]
@@ -231,7 +231,7 @@ def print_file(writer: GeneratorTransformer, config: Config, run: WriteRun) -> N
 def answer_prompts(writer: GeneratorTransformer, config: Config, run: WriteRun) -> None:
     """--chat. Each answer has its own seed, and depends on the latest prompt alone."""
     pairs, seeds = writer.model.config.segments == "pairs", count(run.seed)
-    limits = {"max_out_tokens": writer.tokens_for(run.length), "length": run.length, "stop": run.stop or ()}
+    limits = {"max_out_tokens": writer.tokens_for(run.length), "length": run.length}
 
     def answer(prompt: str) -> Iterator[str]:
         pieces = writer.stream([literal(prompt)], config, seed=next(seeds), **limits)

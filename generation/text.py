@@ -3,7 +3,6 @@
 `GeneratorTransformer` is a trained model of any kind with its tokenizer. The arguments have the same names everywhere:
     max_out_tokens: tokens (with a tokenizer of characters: characters) to write after each prompt, at most.
     seed: the same seed gives the same text.
-    stop: a string, or several: a text ends after the first of them, which stays part of it.
     settings: fields of config.SamplingConfig (LLaDA) or config.DecodingConfig (GPT).
 A setting that the model does not have raises TypeError. Bad values and unknown characters raise ValueError (an
 ArgumentError where it names an argument) before anything is written.
@@ -35,6 +34,11 @@ Config = SamplingConfig | DecodingConfig
 
 
 # ------------------------------------------------------------------------------------------------- starts
+def encode(text: str, tokenizer) -> Tensor:
+    """(T,) int64 ids. Raises ValueError for unknown characters."""
+    return torch.from_numpy(tokenizer.encode(text).astype("int64"))
+
+
 def knows(tokenizer, char: str) -> bool:
     """Whether the tokenizer can encode a character."""
     try:
@@ -71,15 +75,12 @@ def parse_template(template: str, tokenizer, keep_unknown: bool = False) -> Tens
 class TextPieces:
     """Hands out the text of ids as they are written, from ids[shown] on, up to its end. Never half of a character.
 
-    It ends with the first of `stops`, which is part of it, or after `length` characters.
+    It ends after `length` characters.
     """
 
-    def __init__(self, tokenizer, shown: int, stops: Sequence[str] = (), length: int | None = None):
-        if "" in stops:
-            raise ArgumentError("stop", "must not be an empty string")
-        self.decoder, self.shown, self.stops = StreamDecoder(tokenizer), shown, stops
+    def __init__(self, tokenizer, shown: int, length: int | None = None):
+        self.decoder, self.shown = StreamDecoder(tokenizer), shown
         self.left = sys.maxsize if length is None else length  # characters; 0 after the end
-        self.tail, self.kept = "", max(map(len, stops), default=1) - 1  # the last characters: a stop may begin there
 
     def next(self, ids: Tensor, is_last: bool = False) -> str:
         """What has no mask before it and was not handed out yet."""
@@ -87,19 +88,16 @@ class TextPieces:
         while self.shown < len(ids) and ids[self.shown] != MASK_ID:
             self.shown += 1
         piece = self.decoder.push(ids[first : self.shown]) + (self.decoder.flush() if is_last else "")
-        text = self.tail + piece[: self.left]
-        ends = [text.index(stop) + len(stop) for stop in self.stops if stop in text]
-        piece = text[len(self.tail) : min(ends, default=None)]
-        self.left = 0 if ends else self.left - len(piece)
-        self.tail = text[-self.kept :] if self.kept else ""
+        piece = piece[: self.left]
+        self.left -= len(piece)
         return piece
 
 
 def pieces_of(
-    states: Iterable[State], tokenizer, shown: Sequence[int], config: Config, stop=(), length: int | None = None
+    states: Iterable[State], tokenizer, shown: Sequence[int], config: Config, length: int | None = None
 ) -> Iterator[list[str]]:
     """Yield the next piece of each text, see `TextPieces`; where correction may change a text, all of it at the end."""
-    texts = [TextPieces(tokenizer, known, [stop] if isinstance(stop, str) else stop, length) for known in shown]
+    texts = [TextPieces(tokenizer, known, length) for known in shown]
     for state in states:
         if getattr(config, "correct", 0) == 0:
             yield [text.next(ids) for text, ids in zip(texts, state.texts, strict=True)]
@@ -140,7 +138,7 @@ class GeneratorTransformer:
         Raises ValueError for unknown characters, and ArgumentError for a prompt that leaves no room.
         """
         check_number("max_out_tokens", max_out_tokens, low=0)
-        given = torch.from_numpy(self.tokenizer.encode(prompt).astype("int64"))
+        given = encode(prompt, self.tokenizer)
         size, segments = self.model.config.block_size, self.model.config.segments
         if segments == "pairs":
             given = F.pad(given, (0, 1), value=START_ID)
@@ -170,7 +168,7 @@ class GeneratorTransformer:
 
     # --------------------------------------------------------------------------------------------- texts
     def stream(
-        self, prompts: Sequence[str], config, *, max_out_tokens=MAX_OUT_TOKENS, seed=0, stop=(), length=None
+        self, prompts: Sequence[str], config, *, max_out_tokens=MAX_OUT_TOKENS, seed=0, length=None
     ) -> Iterator[list[str]]:
         """Yield the next piece of each text as it is written, without the prompts; "" where there is none.
 
@@ -179,14 +177,11 @@ class GeneratorTransformer:
         """
         starts = [self.prompt_start(prompt, max_out_tokens) for prompt in prompts]
         states = write(self.model, [ids for ids, _ in starts], config, torch.Generator().manual_seed(seed))
-        return pieces_of(states, self.tokenizer, [known for _, known in starts], config, stop, length)
+        return pieces_of(states, self.tokenizer, [known for _, known in starts], config, length)
 
-    def generate(
-        self, prompt: str = "", *, max_out_tokens: int = MAX_OUT_TOKENS, seed: int = 0, stop=(), **settings
-    ) -> str:
+    def generate(self, prompt: str = "", *, max_out_tokens: int = MAX_OUT_TOKENS, seed: int = 0, **settings) -> str:
         """The prompt and what the model writes after it; of a model of pairs, the completion alone."""
-        arguments = {"max_out_tokens": max_out_tokens, "seed": seed, "stop": stop}
-        pieces = self.stream([prompt], self.settings(**settings), **arguments)
+        pieces = self.stream([prompt], self.settings(**settings), max_out_tokens=max_out_tokens, seed=seed)
         return self.shown(prompt) + "".join(piece for [piece] in pieces)
 
     def infill(self, template: str | Sequence[str], *, seed: int = 0, **settings) -> str | list[str]:

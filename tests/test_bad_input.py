@@ -113,8 +113,6 @@ SIZES = [  # flags that are numbers, but impossible ones; what the line must say
     ("generate --infill [MASK] --length 3", "--length has no effect with mode infill"),
     ("generate --beams 2 --temperature 1", "--temperature has no effect with mode beams"),
     ("generate --length-penalty 2", "--length-penalty has no effect with mode text: it needs mode beams"),
-    ("generate --model llada --stop x", "--stop has no effect with model llada"),
-    ("generate --stop ", "--stop must not be an empty string"),
     ("generate --checkpoint out/llada/last.pt --model gpt", "out/llada/last.pt holds a llada model"),
     ("generate --order sweep --schedule cosine", "--schedule does not go with --order sweep"),
     # the first window fits (16 masks), the second does not (8)

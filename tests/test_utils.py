@@ -155,7 +155,6 @@ def parser() -> Parser:
     run.add_argument("--top-k", type=int)
     run.add_argument("--length", type=int)
     run.add_argument("--compile", action=argparse.BooleanOptionalAction)
-    run.add_argument("--stop", action="append")
     run.add_argument("--prompt")
     return parser
 
@@ -163,7 +162,6 @@ def parser() -> Parser:
 def test_flags_may_have_underscores_and_values_keep_theirs(parser):
     assert parser.parse_args(["run", "--top_k", "5"]).top_k == parser.parse_args(["run", "--top_k=5"]).top_k == 5
     assert parser.parse_args(["run", "--prompt=--top_k"]).prompt == "--top_k"
-    assert parser.parse_args(["run", "--stop", "a_b", "--stop", "c"]).stop == ["a_b", "c"]
 
 
 @pytest.mark.parametrize(

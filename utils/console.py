@@ -138,8 +138,7 @@ def deferred_interrupt(*signals: int) -> Iterator[Callable[[], int]]:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage message, and suggest the nearest flag.
 
-    Flags may be typed with underscores, and only once, unless their action is "append". examples: command lines for the
-    end of --help, one a line.
+    Flags may be typed with underscores, and only once. examples: command lines for the end of --help, one a line.
     """
 
     def __init__(self, *, examples: str = "", **settings):
@@ -152,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         words = [re.sub(r"^--[\w-]+(?=$|=)", lambda flag: flag[0].replace("_", "-"), word) for word in words]
         actions = [self._option_string_actions.get(word.partition("=")[0]) for word in words]
         for action in filter(None, actions):
-            if actions.count(action) > 1 and not isinstance(action, argparse._AppendAction):
+            if actions.count(action) > 1:
                 self.error(f"{action.option_strings[0]} is given twice")
         namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
