@@ -50,8 +50,7 @@ def compute_gpt_loss(logits: Tensor, targets: Tensor, units: Tensor | None = Non
 def exact_nll(predict: Predict, windows: Tensor, start_token_id: int, batch_size: int = 128) -> Tensor:
     """The chain rule: windows (N, T) -> (N, T) negative log-likelihoods of their tokens, exact, in nats/token.
 
-    predict: any causal function of tokens (B, T) that returns logits (B, T, V). `batch_size` windows are evaluated at
-    a time; it does not change the result.
+    predict: any causal function of tokens (B, T) that returns logits (B, T, V), called with `batch_size` windows.
     """
     nll = None  # one tensor for all: small results kept between large logits would leave holes in memory
     for start in range(0, len(windows), batch_size):
@@ -82,10 +81,7 @@ class CausalObjective:
     scores: ClassVar[tuple[str, ...]] = ("val_loss",)
 
     def make_batch(self, rows: Rows, generator: torch.Generator, purpose: str = "val_loss") -> CausalBatch:
-        """Rows -> inputs and targets. Nothing is random.
-
-        [PAD] stands at the right, where no position before it sees it, and is no target; neither is what is given.
-        """
+        """Rows -> inputs and targets; nothing is random. [PAD] at the right and what is given are no targets."""
         units = rows.characters.float().mean().expand(len(rows.tokens))
         targets = rows.tokens.masked_fill(~rows.counted, IGNORED)
         return CausalBatch(causal_inputs(rows.tokens, START_ID), targets, units)
@@ -108,7 +104,7 @@ class CausalObjective:
     ) -> Likelihood:
         """Exact likelihood of rows, in nats/character: of segments with their [END]s, of pairs given their prompts.
 
-        `pairs` and `seed` belong to the diffusion bound; they are not used. Raises ValueError if there is no text.
+        Raises ValueError if there is no text. `pairs` and `seed` are those of the diffusion bound, without effect here.
         """
         scores = [exact_nll(predict, rows.tokens, START_ID, batch_size) for rows in batches]
         nats = [nll.masked_fill(~rows.counted, 0.0).cpu() for nll, rows in zip(scores, batches, strict=True)]

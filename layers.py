@@ -176,14 +176,11 @@ class ShortConvolution(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with RoPE and QK-norm; no biases, no dropout inside; the projection starts at zero.
-
-    `layer` is the number of the layer, under which its keys and values stand in the cache.
-    """
+    """Multi-head self-attention with RoPE and QK-norm; no biases, no dropout inside; the projection starts at zero."""
 
     def __init__(self, n_embd: int, n_head: int, layer: int):
         super().__init__()
-        self.n_head, self.layer = n_head, layer
+        self.n_head, self.layer = n_head, layer  # the cache holds the keys and values of each layer
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         nn.init.zeros_(self.proj.weight)
