@@ -225,8 +225,7 @@ def next_candidates(plan: Plan, masked: Tensor) -> tuple[Tensor, Tensor]:
 def has_exact_likelihood(config: SamplingConfig) -> bool:
     """Whether `likelihood.policy_likelihood` of `policy_of(config)` is the exact likelihood of this sampler.
 
-    Its positions must follow from what is visible, its tokens be drawn from the network's own p, and a text that was
-    corrected after it was written has no likelihood.
+    Tokens must be drawn from the network's own p, positions follow from what is visible, and no text be corrected.
     """
     plain = (config.temperature, config.top_k, config.top_p, config.repetition_penalty) == (1, None, None, 1)
     return plain and config.cfg_scale == 0 and config.correct == 0 and config.order in EXACT_ORDERS
