@@ -19,7 +19,7 @@ from data import Rows
 from likelihood import Likelihood, Predict
 from logits import draw_tokens, penalize_repetition, row_generators
 from model import GPT
-from tokenizer import END_ID, PAD_ID, START_ID
+from tokenizer import END_ID, START_ID
 from utils.errors import ArgumentError, check_number
 
 IGNORED = -100  # a target that counts nowhere
@@ -50,8 +50,7 @@ def compute_gpt_loss(logits: Tensor, targets: Tensor, units: Tensor | None = Non
 def exact_nll(predict: Predict, windows: Tensor, start_token_id: int, batch_size: int = 128) -> Tensor:
     """The chain rule: windows (N, T) -> (N, T) negative log-likelihoods of their tokens, exact, in nats/token.
 
-    predict: any causal function of tokens (B, T) that returns logits (B, T, V). `batch_size` windows are evaluated at
-    a time; it does not change the result.
+    predict: any causal function of tokens (B, T) that returns logits (B, T, V), called with `batch_size` windows.
     """
     nll = None  # one tensor for all: small results kept between large logits would leave holes in memory
     for start in range(0, len(windows), batch_size):
@@ -82,10 +81,7 @@ class CausalObjective:
     scores: ClassVar[tuple[str, ...]] = ("val_loss",)
 
     def make_batch(self, rows: Rows, generator: torch.Generator, purpose: str = "val_loss") -> CausalBatch:
-        """Rows -> inputs and targets. Nothing is random.
-
-        [PAD] stands at the right, where no position before it sees it, and is no target; neither is what is given.
-        """
+        """Rows -> inputs and targets; nothing is random. [PAD] at the right and what is given are no targets."""
         units = rows.characters.float().mean().expand(len(rows.tokens))
         targets = rows.tokens.masked_fill(~rows.counted, IGNORED)
         return CausalBatch(causal_inputs(rows.tokens, START_ID), targets, units)
@@ -108,7 +104,7 @@ class CausalObjective:
     ) -> Likelihood:
         """Exact likelihood of rows, in nats/character: of segments with their [END]s, of pairs given their prompts.
 
-        `pairs` and `seed` belong to the diffusion bound; they are not used. Raises ValueError if there is no text.
+        Raises ValueError if there is no text. `pairs` and `seed` are those of the diffusion bound, without effect here.
         """
         scores = [exact_nll(predict, rows.tokens, START_ID, batch_size) for rows in batches]
         nats = [nll.masked_fill(~rows.counted, 0.0).cpu() for nll, rows in zip(scores, batches, strict=True)]
@@ -127,8 +123,8 @@ class SlidingContext:
     prompts that are empty or hold unknown ids.
     """
 
-    def __init__(self, model: GPT, prompts: Tensor, max_out_tokens: int, config: DecodingConfig | BeamConfig):
-        """prompts: (B, T) ids. max_out_tokens: how many `append`s to expect. No config.slide: half of the context."""
+    def __init__(self, model: GPT, prompts: Tensor, config: DecodingConfig | BeamConfig):
+        """prompts: (B, T) ids. No config.slide: half of the context."""
         block_size, vocab_size = model.config.block_size, model.config.vocab_size
         self.context_len = block_size if config.context_len is None else config.context_len
         if not 1 <= self.context_len <= block_size:
@@ -140,34 +136,27 @@ class SlidingContext:
             raise ValueError("a prompt needs at least one id: begin a text with [START]")
         if not 0 <= prompts.min() <= prompts.max() < vocab_size:
             raise ValueError(f"the ids of a prompt must be in 0..{vocab_size - 1}")
-        self.model, self.end = model, prompts.shape[1]
-        self.tokens = F.pad(prompts.to(model.device), (0, max_out_tokens), value=PAD_ID)  # (B, end + max_out_tokens)
+        self.model, self.texts = model, prompts.to(model.device)  # (B, T) the prompts and what has been appended
         self.start, self.cache = -1, None  # first column of the window, as the cache knows it: there is none yet
-
-    @property
-    def texts(self) -> Tensor:
-        """(B, end) the prompts and what has been appended."""
-        return self.tokens[:, : self.end]
 
     def next_logits(self) -> Tensor:
         """(B, V): logits of each text's next token."""
         # Where the window begins: 0 while the text fits, then the next multiple of slide.
-        start = max(0, -(-(self.end - self.context_len) // self.slide) * self.slide)
+        start = max(0, -(-(self.texts.shape[1] - self.context_len) // self.slide) * self.slide)
         if start != self.start:
-            self.start, self.cache = start, self.model.new_cache(len(self.tokens), self.context_len)
+            self.start, self.cache = start, self.model.new_cache(len(self.texts), self.context_len)
         known = start + (0 if self.cache is None else self.cache.length)
-        return self.model(self.tokens[:, known : self.end], cache=self.cache)[:, -1]
+        return self.model(self.texts[:, known:], cache=self.cache)[:, -1]
 
     def append(self, tokens: Tensor) -> None:
         """Write (B,) tokens at the end of the texts."""
-        self.tokens[:, self.end] = tokens
-        self.end += 1
+        self.texts = torch.cat([self.texts, tokens[:, None].to(self.texts.device)], dim=1)
 
     def select(self, rows: Tensor) -> None:
         """Row b becomes a copy of row rows[b]; there may be more rows than before, or fewer."""
         if self.cache is not None:
             self.cache.reorder(rows)
-        self.tokens = self.tokens[rows]
+        self.texts = self.texts[rows]
 
 
 # ------------------------------------------------------------------------------------------------- decoding
@@ -190,7 +179,7 @@ def decode(
     """
     config = replace(config or DecodingConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
-    context = SlidingContext(model, prompts, max_out_tokens, config)
+    context = SlidingContext(model, prompts, config)
     generators = row_generators(generator, prompts)
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
     for _ in range(max_out_tokens):
@@ -217,9 +206,9 @@ def beam_search(
     """
     config = replace(config or BeamConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
-    context = SlidingContext(model, prompt[None], max_out_tokens, config)
-    scores = torch.zeros(1, device=context.tokens.device)  # (beams,) log-probabilities: one beam until the first step
-    finished: list[tuple[float, Tensor]] = [] if max_out_tokens else [(0.0, context.tokens[0])]
+    context = SlidingContext(model, prompt[None], config)
+    scores = torch.zeros(1, device=context.texts.device)  # (beams,) log-probabilities: one beam until the first step
+    finished: list[tuple[float, Tensor]] = [] if max_out_tokens else [(0.0, context.texts[0])]
     for n in range(1, max_out_tokens + 1):
         log_probs = context.next_logits().log_softmax(-1)  # (beams, V)
         log_probs = penalize_repetition(log_probs, context.texts, config.repetition_penalty)

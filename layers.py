@@ -99,11 +99,8 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Scaled dot-product attention of queries (B, H, T, D) to keys and values (B, H, S, D): (B, H, T, D).
-
-    A single query, compiled, is written as a weighted mean, which fuses with the operations around it.
-    """
-    if torch.compiler.is_compiling() and q.shape[2] == 1 and mask is None:
+    """Scaled dot-product attention of queries (B, H, T, D) to keys and values (B, H, S, D): (B, H, T, D)."""
+    if torch.compiler.is_compiling() and q.shape[2] == 1 and mask is None:  # fuses with the operations around it
         weights = ((q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1])).softmax(dim=2)  # (B, H, S, 1)
         return (weights * v).sum(2, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
@@ -176,14 +173,11 @@ class ShortConvolution(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with RoPE and QK-norm; no biases, no dropout inside; the projection starts at zero.
-
-    `layer` is the number of the layer, under which its keys and values stand in the cache.
-    """
+    """Multi-head self-attention with RoPE and QK-norm; no biases, no dropout inside; the projection starts at zero."""
 
     def __init__(self, n_embd: int, n_head: int, layer: int):
         super().__init__()
-        self.n_head, self.layer = n_head, layer
+        self.n_head, self.layer = n_head, layer  # the cache holds the keys and values of each layer
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         nn.init.zeros_(self.proj.weight)

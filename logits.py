@@ -75,8 +75,7 @@ def probabilities(logits: Tensor, config: LogitsConfig) -> Tensor:
     """(N, V) logits -> (N, V) float64 probabilities after temperature, then top-k, then top-p.
 
     Temperature 0 puts everything on the argmax (the lowest id on ties). Top-k keeps all ties with the k-th token; top-p
-    keeps the token that crosses p. The repetition penalty is not applied here, see `penalize_repetition`. The result
-    is on the device of the logits, or on the CPU if that device has no float64.
+    keeps the token that crosses p. The repetition penalty is not applied here, see `penalize_repetition`.
     """
     logits = in_float64(logits)
     if config.temperature == 0:
@@ -95,20 +94,14 @@ def probabilities(logits: Tensor, config: LogitsConfig) -> Tensor:
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """Inverse-transform draw: p (N, V) float64 probabilities, u (N,) uniform in [0, 1) -> (N,) tokens.
-
-    Never returns a token of probability zero.
-    """
+    """Inverse-transform draw: p (N, V) float64 probabilities, u (N,) uniform in [0, 1) -> (N,) tokens of p > 0."""
     cumulative = p.cumsum(-1)
     # u <= 1 - 2^-53, so the product is rounded to a number below the total: some cumulative probability is above it.
     return torch.searchsorted(cumulative, (u.to(p) * cumulative[..., -1])[..., None], right=True)[..., 0]
 
 
 def draw_tokens(logits: Tensor, where: Tensor, generators: list[torch.Generator], config: LogitsConfig) -> Tensor:
-    """One token for each of logits (N, V), the true positions of where (B, T) in row-major order: (N,).
-
-    Temperature 0 takes the likeliest and draws no random number.
-    """
-    if config.temperature == 0:
+    """One token for each of logits (N, V), the true positions of where (B, T) in row-major order: (N,)."""
+    if config.temperature == 0:  # no random number is drawn
         return logits.argmax(-1)
     return draw(probabilities(logits, config), noise(generators, where)[where]).to(where.device)

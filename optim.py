@@ -81,16 +81,14 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """[Muon over the blocks' matrices, SGD over the n-gram tables, fused AdamW over the rest].
 
-    matrices="adamw", or a model with arch="vanilla", leaves the matrices to AdamW. `lr` is AdamW's peak rate; Muon and
-    the token embeddings take LR_RATIO times as much. `weight_decay` is for the matrices.
+    matrices="adamw", or a model with arch="vanilla", leaves the matrices to AdamW, as are low-rank adapters. `lr` is
+    AdamW's peak rate; Muon and the token embeddings take LR_RATIO times as much. `weight_decay` is for the matrices.
+    Every group stores its `initial_lr`, which `set_learning_rate` scales. Frozen parameters have no optimizer.
 
     N-grams are many and most are rare. With plain gradient steps each row moves in proportion to its use, where AdamW
     would move a row that was used once as far as the most frequent one, and overfit. `ngram_lr` is per token: a row
     moves by ngram_lr times the gradient of each token's loss. A step's loss is the mean over `tokens_per_step` tokens,
-    so SGD's rate is their product. Every group stores its `initial_lr`, which `set_learning_rate` scales.
-
-    Frozen parameters have no optimizer, and an optimizer without parameters is left out. Low-rank adapters, and the
-    parts of any other weight that is parametrized, are AdamW's.
+    so SGD's rate is their product.
     """
     blocks = getattr(model.encoder, "blocks", nn.ModuleList())
     linear = trainable_weights(blocks, nn.Linear)
@@ -103,10 +101,10 @@ def build_optimizers(
         {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]},
         {"params": embeddings, "lr": LR_RATIO * lr},
     ]
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers = []
     if linear and matrices == "muon":
-        parts = [{"params": fused, "parts": 3}, {"params": single}]
-        optimizers.append(Muon(parts, lr=LR_RATIO * lr, weight_decay=weight_decay))
+        muon = [{"params": fused, "parts": 3}, {"params": single}]
+        optimizers.append(Muon(muon, lr=LR_RATIO * lr, weight_decay=weight_decay))
     else:
         groups.append({"params": [*fused, *single], "weight_decay": weight_decay})
     if tables:
@@ -121,13 +119,9 @@ def build_optimizers(
 
 
 def trainable_weights(module: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Parameter]:
-    """{name of a submodule of this kind: its weight}, for the weights that are parameters and not frozen.
-
-    A parametrized weight is not a parameter: it is computed from others.
-    """
-    parameters = dict(module.named_parameters())
-    names = {name: f"{name}.weight" for name, submodule in module.named_modules() if isinstance(submodule, kind)}
-    return {name: parameters[key] for name, key in names.items() if key in parameters and parameters[key].requires_grad}
+    """{name of a submodule of this kind: its weight}, but for frozen weights and those that adapters compute."""
+    weights = {name: submodule.weight for name, submodule in module.named_modules() if isinstance(submodule, kind)}
+    return {name: w for name, w in weights.items() if isinstance(w, nn.Parameter) and w.requires_grad}
 
 
 def learning_rate_factor(progress: float, warmup: float = 0.02, cooldown: float = 0.6) -> float:

@@ -76,14 +76,13 @@ def reverse_process(
         p = logits.softmax(-1)
         where, count = next_candidates(plan, masked)  # 2. order: which positions may be revealed, and how many of them
         among = where[masked]  # (n,) bool, N true
-        candidates = Candidates(where, p[among], p[among].amax(-1), plan.sweep_step, generators)
         if config.order == "drawn_confidence":  # draw at all candidates: the drawn tokens decide the positions
             drawn = draw_tokens(logits[among], where, generators, config)
-            candidates.confidence = candidates.p.gather(1, drawn[:, None])[:, 0]
-            chosen = choose(candidates, count, config)
+            confidence = p[among].gather(1, drawn[:, None])[:, 0]
+            chosen = choose(Candidates(where, confidence, plan.sweep_step, generators), count, config)
             written = drawn[chosen[where]]
         else:
-            chosen = choose(candidates, count, config)
+            chosen = choose(Candidates(where, p[among].amax(-1), plan.sweep_step, generators), count, config)
             written = draw_tokens(logits[chosen[masked]], chosen, generators, config)  # 3. draw
         tokens = tokens.masked_scatter(chosen, written)  # 4. reveal
         yield Step(tokens, chosen, masked, p, nfe)
@@ -109,13 +108,11 @@ def guided(predict: Predict, tokens: Tensor, given: Tensor, mask_token_id: int, 
 
 
 # ------------------------------------------------------------------------------------------------- which positions
-@dataclass
-class Candidates:
+class Candidates(NamedTuple):
     """The masked positions that may be revealed now."""
 
     where: Tensor  # (B, T) bool, true N times
-    p: Tensor  # (N, V) float64 probabilities of the network, row-major as in `where`
-    confidence: Tensor  # (N,) p of the likeliest token; of the drawn one for the order drawn_confidence
+    confidence: Tensor  # (N,) float64 p of the likeliest token; of the drawn one for the order drawn_confidence
     sweep_step: Tensor  # (B or 1, T) the step at which the sweep reveals each position
     generators: list[torch.Generator]  # one a row
 
@@ -187,31 +184,28 @@ def make_plan(masked: Tensor, config: SamplingConfig) -> Plan:
         positions, counts = row.nonzero()[:, 0], [0]
         labels = (positions - positions[:1]) // (config.block_length or T)
         sizes = labels.unique_consecutive(return_counts=True)[1].tolist()  # a block without masks is none
-        for i, (part, steps) in enumerate(zip(positions.split(sizes), steps_of_blocks(sizes, config), strict=True)):
-            block[b, part], sweep_step[b, part] = i, torch.arange(len(part)) % steps
-            counts += counts_of_block(len(part), steps, config)
+        for i, (part, planned) in enumerate(zip(positions.split(sizes), counts_of_blocks(sizes, config), strict=True)):
+            block[b, part], sweep_step[b, part] = i, torch.arange(len(part)) % len(planned)
+            counts += planned
         remaining.append(len(positions) - torch.tensor(counts).cumsum(0))
     return Plan(*(x.to(masked.device) for x in (block, sweep_step, pad_sequence(remaining, batch_first=True))))
 
 
-def steps_of_blocks(sizes: list[int], config: SamplingConfig) -> list[int]:
-    """How many steps each block of a row gets, given how many masks the blocks have."""
+def counts_of_blocks(sizes: list[int], config: SamplingConfig) -> list[list[int]]:
+    """How many of its masks each block of a row reveals at each of its steps, given how many masks the blocks have."""
+    if not isinstance(config.schedule, str):
+        if wrong := [size for size in sizes if size != sum(config.schedule)]:
+            raise ArgumentError("schedule", f"reveals {sum(config.schedule)} positions, but {wrong[0]} are masked")
+        return [list(config.schedule) for _ in sizes]
     if config.steps is None:
-        return [min(size, SWEEP_STEPS) if config.order == "sweep" else size for size in sizes]
-    if config.steps < len(sizes):
+        steps = [min(size, SWEEP_STEPS) if config.order == "sweep" else size for size in sizes]
+    elif config.steps < len(sizes):
         raise ArgumentError("steps", f"must be at least {len(sizes)}, one for each block, got {config.steps}")
-    # Each of twice as many steps as positions reveals one at most, with every schedule: more would change nothing.
-    shares = uniform_schedule(config.steps, len(sizes))
-    return [min(steps, 2 * size) for steps, size in zip(shares, sizes, strict=True)]
-
-
-def counts_of_block(size: int, steps: int, config: SamplingConfig) -> list[int]:
-    """How many of a block's `size` masks are revealed at each step. The sweep's counts are uniform, too."""
-    if isinstance(config.schedule, str):
-        return SCHEDULES[config.schedule](size, steps)
-    if sum(config.schedule) != size:
-        raise ArgumentError("schedule", f"reveals {sum(config.schedule)} positions, but {size} are masked")
-    return list(config.schedule)
+    else:
+        # Each of twice as many steps as positions reveals one at most, with every schedule: more would change nothing.
+        shares = uniform_schedule(config.steps, len(sizes))
+        steps = [min(share, 2 * size) for share, size in zip(shares, sizes, strict=True)]
+    return [SCHEDULES[config.schedule](*block) for block in zip(sizes, steps, strict=True)]
 
 
 def next_candidates(plan: Plan, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,8 +225,7 @@ def next_candidates(plan: Plan, masked: Tensor) -> tuple[Tensor, Tensor]:
 def has_exact_likelihood(config: SamplingConfig) -> bool:
     """Whether `likelihood.policy_likelihood` of `policy_of(config)` is the exact likelihood of this sampler.
 
-    Its positions must follow from what is visible, its tokens be drawn from the network's own p, and a text that was
-    corrected after it was written has no likelihood.
+    Tokens must be drawn from the network's own p, positions follow from what is visible, and no text be corrected.
     """
     plain = (config.temperature, config.top_k, config.top_p, config.repetition_penalty) == (1, None, None, 1)
     return plain and config.cfg_scale == 0 and config.correct == 0 and config.order in EXACT_ORDERS
@@ -251,7 +244,7 @@ def policy_of(config: SamplingConfig, generator: torch.Generator | None = None) 
     def policy(logits: Tensor, masked: Tensor) -> Tensor:
         plan = make_plan(torch.ones_like(masked[:1]), config)  # one for all rows
         where, count = next_candidates(plan, masked)
-        p = in_float64(logits[where]).softmax(-1)
-        return choose(Candidates(where, p, p.amax(-1), plan.sweep_step, [generator] * len(masked)), count, config)
+        confidence = in_float64(logits[where]).softmax(-1).amax(-1)
+        return choose(Candidates(where, confidence, plan.sweep_step, [generator] * len(masked)), count, config)
 
     return policy

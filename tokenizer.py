@@ -63,10 +63,7 @@ class Tokenizer:
 
 
 class SimpleTokenizer(Tokenizer):
-    """A character tokenizer: after the special tokens come `characters`, then the others of `text`, sorted.
-
-    `encode` is one table look-up per character (numpy, over 100 MB/s).
-    """
+    """A character tokenizer: after the special tokens come `characters`, then the others of `text`, sorted."""
 
     source, is_exact = "characters", True
 
@@ -82,11 +79,7 @@ class SimpleTokenizer(Tokenizer):
         self._id_of[code_points] = np.arange(len(SPECIAL_TOKENS), self.vocab_size)
 
     def extended(self, text: str) -> "SimpleTokenizer":
-        """A tokenizer with the same ids for the known characters and new ids for the others of `text`, sorted.
-
-        >>> SimpleTokenizer("hello").extended("cold").characters
-        'ehlocd'
-        """
+        """A tokenizer with the same ids for the known characters and new ids for the others of `text`, sorted."""
         return SimpleTokenizer(text, self.characters)
 
     def encode(self, text: str, start: int = 0) -> np.ndarray:
@@ -100,8 +93,7 @@ class SimpleTokenizer(Tokenizer):
         if unknown.any():
             position = int(unknown.argmax())
             char = f"{text[position]!r} (U+{ord(text[position]):04X}) at position {start + position}"
-            known = f"the {len(self.characters)} characters of the training text"
-            raise ValueError(f"unknown character {char}: not among {known}")
+            raise ValueError(f"unknown character {char}: not among the {len(self.characters)} of the training text")
         return ids
 
     def bytes_of(self, ids: np.ndarray) -> bytes:
@@ -110,12 +102,7 @@ class SimpleTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Decodes one text that arrives in parts: never half of a character, and together what `decode` makes of all.
-
-    >>> decoder = StreamDecoder(SimpleTokenizer("aé"))
-    >>> [decoder.push([i]) for i in (4, 1, 5)]
-    ['a', '', 'é']
-    """
+    """Decodes one text that arrives in parts: never half of a character, and together what `decode` makes of all."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self._decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")

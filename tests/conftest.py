@@ -45,10 +45,8 @@ def corpus_file(tmp_path) -> Path:
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """run_script("train.py", "--steps", "3") runs a program in this process, which needs no second import of torch.
-    run_script("-m", "extras.bench", "budget") runs a module.
-
-    Returns its standard output and its messages. stdin: its standard input; check: its exit code.
+    """run_script("train.py", "--steps", "3") runs a program, run_script("-m", "extras.bench", "budget") a module, in
+    this process, which needs no second import of torch. Returns its standard output and its messages.
     """
 
     def call(program: str, *arguments: str, stdin: str = "", check: int = 0) -> tuple[str, str]:

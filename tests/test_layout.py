@@ -53,20 +53,15 @@ MODULES = module_files()
 STORY = sorted(name for name in MODULES if name.split(".")[0] not in {"extras", *SCRIPTS})
 
 
-def names_of(node: ast.AST) -> set[str]:
-    """What an import statement imports: "torch.nn", or "generation.text" for `from generation import text`."""
-    if isinstance(node, ast.Import):
-        return {alias.name for alias in node.names}
-    if not isinstance(node, ast.ImportFrom):
-        return set()
-    submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
-    return submodules or {node.module}
-
-
 def imports(name: str, at_top: bool = False) -> set[str]:
-    """What a module imports anywhere in it, or when it is imported itself."""
-    tree = ast.parse(MODULES[name].read_text())
-    return set().union(*map(names_of, tree.body if at_top else ast.walk(tree)))
+    """What a module imports anywhere in it, or when it is imported itself: torch.nn, generation.text."""
+    tree, found = ast.parse(MODULES[name].read_text()), set()
+    for node in tree.body if at_top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):  # from generation import text: generation.text
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES) or {node.module}
+    return found
 
 
 def own_imports(name: str) -> set[str]:
@@ -87,8 +82,7 @@ def test_modules_and_folders_are_those_of_the_design():
 
 def test_no_cycles_between_modules_nor_between_folders():
     """But checkpoint.py, which opens extras where a file asks for one, after everything has been imported."""
-    modules = {name: imports(name, at_top=True) & set(MODULES) for name in MODULES}
-    TopologicalSorter(modules).prepare()  # raises CycleError
+    TopologicalSorter({name: imports(name, at_top=True) for name in MODULES}).prepare()  # raises CycleError
     folders = {name: set() for name in ROOT_MODULES | FOLDERS}
     for name in MODULES:
         here, found = name.split(".")[0], own_imports(name)

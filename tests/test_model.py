@@ -1,7 +1,6 @@
 """Visibility, equal parameter counts, tokens that are never predicted, and the cache against recomputation."""
 
 from contextlib import suppress
-from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -9,8 +8,7 @@ from torch import nn
 from toy import random_model, seeded
 
 from layers import NGRAMS
-from model import ENCODERS, MODELS, ModelConfig, least_bytes
-from utils.errors import ArgumentError
+from model import ENCODERS, MODELS, least_bytes
 
 with suppress(ImportError):  # an extra: its encoder is one more here
     import extras.vanilla  # noqa: F401
@@ -90,16 +88,6 @@ def test_cached_logits_equal_recomputed_ones(chunks):
     torch.testing.assert_close(cached, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1], [1]])
-def test_the_rows_of_a_cache_can_be_reordered(rows):
-    model, x, rows = random_model("gpt"), tokens(), torch.tensor(rows)
-    with torch.inference_mode():
-        cache = model.new_cache(2, T)
-        model(x[:, :7], cache=cache)
-        cache.reorder(rows)
-        torch.testing.assert_close(model(x[rows, 7:], cache=cache), model(x)[rows, 7:], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_compiled_step_equals_the_eager_one(rows):
     """Compiled code computes products of one row, attention of one query and rotations in other ways."""
@@ -119,17 +107,6 @@ def test_vanilla_is_pytorchs_own_encoder():
     assert isinstance(model.encoder.encoder, nn.TransformerEncoder)
     assert [layer.self_attn.batch_first for layer in layers] == [True, True]
     assert model.new_cache(1, 10) is None
-
-
-def test_a_config_is_checked_frozen_and_rebuilt_from_plain_values():
-    config = ModelConfig(V, 16, n_embd=16, n_head=2, arch="vanilla")
-    assert ModelConfig(**config.to_dict()) == config
-    with pytest.raises(FrozenInstanceError):
-        config.n_embd = 32
-    for bad in ({"arch": "x"}, {"ngram_width": -1}):
-        with pytest.raises(ArgumentError) as error:
-            ModelConfig(V, 16, **bad)
-        assert error.value.argument in bad
 
 
 @NAMES

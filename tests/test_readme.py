@@ -60,12 +60,6 @@ def small(command: str) -> list[str]:
     raise ValueError(f"{command}: add it to SMALL or, with a reason, to SKIPPED")
 
 
-@pytest.fixture
-def run_command(run_script):
-    """run_command(words) runs a program as `python words...` would; returns its standard output and its messages."""
-    return lambda words: "".join(run_script(*words, stdin="ROMEO:\nquit\n"))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with two texts and the checkpoints of both models."""
@@ -99,10 +93,10 @@ def test_exactly_the_expected_commands_are_skipped():
 
 
 @pytest.mark.parametrize("command", sorted(set(commands()) - set(SKIPPED)))
-def test_commands_run(run_command, folder, command):
+def test_commands_run(run_script, folder, command):
     words = small(command)
     before = {path: path.read_bytes() for path in folder.rglob("*.pt")}
-    output = run_command(words)
+    output = "".join(run_script(*words, stdin="ROMEO:\nquit\n"))
     if words[0] == "train.py":
         assert before != {path: path.read_bytes() for path in folder.rglob("*.pt")}
     else:
@@ -145,9 +139,7 @@ def anchors(path: Path) -> set[str]:
 def test_relative_links_point_to_files_and_headings(path):
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
     assert links
-    for link in links:
-        if "://" in link:
-            continue
+    for link in (link for link in links if "://" not in link):
         name, _, anchor = link.partition("#")
         target = (path.parent / name) if name else path
         assert target.exists(), link

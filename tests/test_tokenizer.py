@@ -10,15 +10,11 @@ from tokenizer import END_ID, NEVER_WRITTEN, SPECIAL_TOKENS, SimpleTokenizer
 HELLO = SimpleTokenizer("hello")
 
 
-def test_hand_example():
-    assert HELLO.encode("hole").tolist() == [5, 7, 6, 4]
-    assert HELLO.decode([1, 5, 7]) == "ho"
-    assert HELLO.decode([1, 5, 7], skip_special_tokens=False) == "[MASK]ho"
+def test_tables_of_a_small_example():
     assert [HELLO.id_to_char[i] for i in range(HELLO.vocab_size)] == [*SPECIAL_TOKENS, *"ehlo"]
     assert [HELLO.char_to_id[c] for c in "ehlo"] == [4, 5, 6, 7]
     assert HELLO.characters_per_token.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert SimpleTokenizer("").characters_per_token.tolist() == [0, 0, 0, 0]
-    assert HELLO.is_exact
     assert [SPECIAL_TOKENS[i] for i in NEVER_WRITTEN] == ["[PAD]", "[MASK]", "[START]"]
     assert END_ID not in NEVER_WRITTEN
 
@@ -41,10 +37,8 @@ def test_extended_tokenizers_keep_their_ids():
     extended = HELLO.extended("old 🙂 cold")
     assert extended.characters == "ehlo cd🙂"
     assert extended.encode("hello").tolist() == HELLO.encode("hello").tolist()
-    assert extended.decode(extended.encode("cold 🙂")) == "cold 🙂"
     assert SimpleTokenizer.from_dict(extended.to_dict()).char_to_id == extended.char_to_id
     assert extended.extended("hello").to_dict() == extended.to_dict()
-    assert HELLO.characters == "ehlo"
 
 
 @pytest.mark.parametrize(
