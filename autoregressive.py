@@ -19,7 +19,7 @@ from data import Rows
 from likelihood import Likelihood, Predict
 from logits import draw_tokens, penalize_repetition, row_generators
 from model import GPT
-from tokenizer import END_ID, START_ID
+from tokenizer import END_ID, PAD_ID, START_ID
 from utils.errors import ArgumentError, check_number
 
 IGNORED = -100  # a target that counts nowhere
@@ -123,8 +123,8 @@ class SlidingContext:
     prompts that are empty or hold unknown ids.
     """
 
-    def __init__(self, model: GPT, prompts: Tensor, config: DecodingConfig | BeamConfig):
-        """prompts: (B, T) ids. No config.slide: half of the context."""
+    def __init__(self, model: GPT, prompts: Tensor, max_out_tokens: int, config: DecodingConfig | BeamConfig):
+        """prompts: (B, T) ids. max_out_tokens: how many `append`s to expect. No config.slide: half of the context."""
         block_size, vocab_size = model.config.block_size, model.config.vocab_size
         self.context_len = block_size if config.context_len is None else config.context_len
         if not 1 <= self.context_len <= block_size:
@@ -136,27 +136,35 @@ class SlidingContext:
             raise ValueError("a prompt needs at least one id: begin a text with [START]")
         if not 0 <= prompts.min() <= prompts.max() < vocab_size:
             raise ValueError(f"the ids of a prompt must be in 0..{vocab_size - 1}")
-        self.model, self.texts = model, prompts.to(model.device)  # (B, T) the prompts and what has been appended
+        self.model, self.end = model, prompts.shape[1]
+        # Room for all of it, (B, end + max_out_tokens): a text that grew would be copied whole at every token.
+        self.tokens = F.pad(prompts.to(model.device), (0, max_out_tokens), value=PAD_ID)
         self.start, self.cache = -1, None  # first column of the window, as the cache knows it: there is none yet
+
+    @property
+    def texts(self) -> Tensor:
+        """(B, end) the prompts and what has been appended."""
+        return self.tokens[:, : self.end]
 
     def next_logits(self) -> Tensor:
         """(B, V): logits of each text's next token."""
         # Where the window begins: 0 while the text fits, then the next multiple of slide.
-        start = max(0, -(-(self.texts.shape[1] - self.context_len) // self.slide) * self.slide)
+        start = max(0, -(-(self.end - self.context_len) // self.slide) * self.slide)
         if start != self.start:
-            self.start, self.cache = start, self.model.new_cache(len(self.texts), self.context_len)
+            self.start, self.cache = start, self.model.new_cache(len(self.tokens), self.context_len)
         known = start + (0 if self.cache is None else self.cache.length)
-        return self.model(self.texts[:, known:], cache=self.cache)[:, -1]
+        return self.model(self.tokens[:, known : self.end], cache=self.cache)[:, -1]
 
     def append(self, tokens: Tensor) -> None:
         """Write (B,) tokens at the end of the texts."""
-        self.texts = torch.cat([self.texts, tokens[:, None].to(self.texts.device)], dim=1)
+        self.tokens[:, self.end] = tokens
+        self.end += 1
 
     def select(self, rows: Tensor) -> None:
         """Row b becomes a copy of row rows[b]; there may be more rows than before, or fewer."""
         if self.cache is not None:
             self.cache.reorder(rows)
-        self.texts = self.texts[rows]
+        self.tokens = self.tokens[rows]
 
 
 # ------------------------------------------------------------------------------------------------- decoding
@@ -179,7 +187,7 @@ def decode(
     """
     config = replace(config or DecodingConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
-    context = SlidingContext(model, prompts, config)
+    context = SlidingContext(model, prompts, max_out_tokens, config)
     generators = row_generators(generator, prompts)
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
     for _ in range(max_out_tokens):
@@ -206,7 +214,7 @@ def beam_search(
     """
     config = replace(config or BeamConfig(), **settings)
     check_number("max_out_tokens", max_out_tokens, low=0)
-    context = SlidingContext(model, prompt[None], config)
+    context = SlidingContext(model, prompt[None], max_out_tokens, config)
     scores = torch.zeros(1, device=context.texts.device)  # (beams,) log-probabilities: one beam until the first step
     finished: list[tuple[float, Tensor]] = [] if max_out_tokens else [(0.0, context.texts[0])]
     for n in range(1, max_out_tokens + 1):
