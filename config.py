@@ -369,22 +369,16 @@ PROMPTED = {"mode": ("text", "race", "top", "beams")}
 COMPILED = GPT | {"mode": ("text", "chat", "beams")}
 HOLES, HOLES_FILE = LLADA_MODEL | {"mode": ("infill", "top")}, LLADA_MODEL | {"mode": ("file",)}
 SHOWN = {"mode": ("text", "infill", "race")}
-ONE_MODEL = {"mode": ("text", "infill", "file", "chat", "top", "beams", "page")}
+ONE_MODEL, REPORT = {"mode": ("text", "infill", "file", "chat", "top", "beams", "page")}, {"mode": ("report",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteRun:
     """The flags of generate.py that are no setting of a sampler: which model, which text, which view."""
 
-    checkpoint: Path | None = setting(
-        None, "the model, or its run's folder (default: the newest under --out)", only=ONE_MODEL
-    )
-    out: Path = setting(
-        Path("out"), "the folder of runs, as of train.py", only={"checkpoint": (None,)}, metavar="FOLDER"
-    )
-    model: str | None = setting(
-        None, "which to write with (default: llada, or the one that the flags need)", only=ONE_MODEL, choices=MODELS
-    )
+    checkpoint: Path | None = setting(None, "a model, or its run's folder (default: that under --out)", only=ONE_MODEL)
+    out: Path = setting(Path("out"), "folder of runs, as of train.py", only={"checkpoint": (None,)}, metavar="FOLDER")
+    model: str | None = setting(None, "default: llada, or the one that the flags need", only=ONE_MODEL, choices=MODELS)
     device: str | None = setting(None, "cpu, cuda, mps (default: the best one available)")
     prompt: str | None = setting(None, "how the text begins; - reads standard input", only=PROMPTED)
     length: int = setting(200, "characters to write", only=LONG, low=1, high=10**7)
@@ -408,17 +402,13 @@ class WriteRun:
 class EvaluateRun:
     """The flags of evaluate.py."""
 
-    out: Path = setting(
-        Path("out"), "the folder of runs, as of train.py", only={"models": ("under --out",)}, metavar="FOLDER"
-    )
+    out: Path = setting(Path("out"), "folder of runs", only={"models": ("under --out",)}, metavar="FOLDER")
     data: tuple | None = setting(
-        None, "where the text they were trained on is now (default: where it was)", only={"mode": ("report",)},
+        None, "where the text they were trained on is now (default: where it was)", only=REPORT,
         nargs="+", type=str, metavar="NAME|FILE",
     )  # fmt: skip
     device: str | None = setting(None, "cpu, cuda, mps (default: the best one available)")
-    report: Path | None = setting(
-        None, "where tables and pictures go (default: OUT/report)", only={"mode": ("report",)}, metavar="FOLDER"
-    )
+    report: Path | None = setting(None, "for tables and pictures (default: OUT/report)", only=REPORT, metavar="FOLDER")
     quick: bool = setting(False, "fewer windows and texts: wider intervals", only={"mode": ("report", "pairs")})
     seed: int = setting(0, "of masks and samples", **SEED)
     text: str | None = setting(None, "only score this text: its loss, the words that surprise", metavar="FILE")

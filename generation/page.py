@@ -21,6 +21,7 @@ from utils.errors import ArgumentError
 from utils.files import atomic_write
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("page.html"), Path(__file__).with_name("page.js")
+MOST_BYTES = 20_000_000  # of a page with models
 TABLES = "encoder.ngrams.tables.weight"
 SIZES = ("vocab_size", "block_size", "n_embd", "n_head", "n_layer", "ngram_rows", "ngram_base")
 
@@ -33,7 +34,7 @@ def write_page(path: str | Path, histories: Sequence[History], title: str, setti
 def write_live_page(path: str | Path, checkpoints: Sequence, title: str, settings: str = "") -> None:
     """Write the page in which models run: LLaDA, GPT, or both. checkpoints: objects with `model` and `tokenizer`.
 
-    Raises ArgumentError (a ValueError) for models that no page can run.
+    Raises ArgumentError (a ValueError) for models that no page can run, and for a page of more than MOST_BYTES.
     """
     models, weights = zip(*(packed_model(c.model, c.tokenizer) for c in checkpoints), strict=True)
     if any(model["characters"] != models[0]["characters"] for model in models):
@@ -48,6 +49,9 @@ def write_html(path: str | Path, data: dict, weights: Sequence[bytes]) -> None:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     slots = {"script": script, "script hash": digest, "data": json_in_html(data), "weights": "\n".join(elements)}
     html = re.sub(r"\{\{(.*?)\}\}", lambda slot: slots[slot[1]], TEMPLATE.read_text("utf-8"))
+    if data["models"] and len(html) > MOST_BYTES:
+        problem = f"would have {len(html) / 1e6:.1f} MB, more than the {MOST_BYTES / 1e6:g} that open quickly: "
+        raise ArgumentError("page", problem + "name one --model, or train with fewer --ngram-rows or --ngram-width 16")
     with atomic_write(Path(path)) as temporary:
         temporary.write_text(html, "utf-8")
 

@@ -164,7 +164,7 @@ def test_a_page_needs_nothing_else_and_admits_one_script(tmp_path):
         assert "default-src 'none'" in html
 
 
-def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path):
+def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path, monkeypatch):
     def problem(checkpoint) -> str:
         with pytest.raises(ArgumentError, match=r"^page [^\n]*$") as caught:
             write_live_page(tmp_path / "page.html", [checkpoint], "")
@@ -181,6 +181,8 @@ def test_models_that_no_page_can_run_are_refused_in_one_line(tmp_path):
     subwords = fake()
     subwords.tokenizer = SimpleNamespace(id_to_char=TOKENIZER.id_to_char | {9: "the"})
     assert "subwords" in problem(subwords)
+    monkeypatch.setattr(page, "MOST_BYTES", 50_000)
+    assert "--ngram-rows" in problem(checkpoint_of("gpt", ngram_rows=1009))
 
 
 def example() -> History:
