@@ -218,7 +218,6 @@ class Network {
   // x = norm(embedding + n-grams).
   embed(start, end) {
     const { f, C, CC, width, z, x, tokens, tableScales: scales } = this, rows = this.packed.config.ngram_rows;
-    const apart = this.up && this.up.k > width; // the kinds side by side, or their sum
     const n = this.up ? this.up.k : C, stride = ceil8(n);
     for (let t = start; t < end; t += 1) {
       const sum = z + (t - start) * stride;
@@ -229,8 +228,8 @@ class Network {
           const place = t + offset;
           if (place >= 0 && place < end) number += tokens[place] * digit; // outside of the text stand [PAD]s, 0
         }
-        const row = ((number % rows) + kind * rows) * width, to = sum + (apart ? kind * width : 0);
-        for (let i = 0; i < width; i += 1) f[to + i] += this.tables[row + i] * scales[kind * width + i];
+        const row = ((number % rows) + kind * rows) * width;
+        for (let i = 0; i < width; i += 1) f[sum + i] += this.tables[row + i] * scales[kind * width + i];
       });
     }
     if (this.up) this.multiply(z, stride, end - start, this.up, x);
