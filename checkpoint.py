@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from config import ModelConfig
 from model import MODELS, NEVER_PREDICTED, Transformer
@@ -31,7 +32,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the p
 
 
 # ------------------------------------------------------------------------------------------------- networks
-def new_model(name: str, config: ModelConfig, weights: dict[str, torch.Tensor] | None = None) -> Transformer:
+def new_model(name: str, config: ModelConfig, weights: dict[str, Tensor] | None = None) -> Transformer:
     """A network with random weights, or with those given. Adapters, if it has any, are new. Raises ArgumentError."""
     if config.arch == "vanilla":
         import extras.vanilla
@@ -97,7 +98,7 @@ class Checkpoint:
     path: Path | None = None
 
 
-def save_checkpoint(path: str | Path, checkpoint: Checkpoint, weights: dict[str, torch.Tensor] | None = None) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None) -> None:
     """Write `checkpoint` to `path` atomically, with its hash at the end: if this fails, the file that was there stays.
 
     weights: to write instead of the model's. Raises ValueError for weights that are not finite, and OSError.

@@ -73,10 +73,7 @@ def parse_template(template: str, tokenizer, keep_unknown: bool = False) -> Tens
 
 # ------------------------------------------------------------------------------------------------- pieces of text
 class TextPieces:
-    """Hands out the text of ids as they are written, from ids[shown] on, up to its end. Never half of a character.
-
-    It ends after `length` characters.
-    """
+    """Hands out the text of ids as they are written: from ids[shown] on, `length` characters, never half of one."""
 
     def __init__(self, tokenizer, shown: int, length: int | None = None):
         self.decoder, self.shown = StreamDecoder(tokenizer), shown

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+from utils.console import run_program
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -44,6 +45,23 @@ def corpus_file(tmp_path) -> Path:
 
 
 @pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main(train.main, "--steps", 3) runs a program's main in this process: (exit code, stdout, stderr)."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__.replace(".", "/") + ".py", *map(str, arguments)])
+        code = 0
+        try:
+            run_program(main)
+        except SystemExit as stop:
+            code = stop.code
+        torch.set_flush_denormal(False)  # train.py turns them off; other tests in this process keep them
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
 def run_script(monkeypatch, capsys):
     """run_script("train.py", "--steps", "3") runs a program, run_script("-m", "extras.bench", "budget") a module, in
     this process, which needs no second import of torch. Returns its standard output and its messages.
@@ -63,7 +81,7 @@ def run_script(monkeypatch, capsys):
         except SystemExit as stop:
             status = stop.code or 0
         finally:
-            torch.set_flush_denormal(False)  # train.py turns them off; other tests in this process keep them
+            torch.set_flush_denormal(False)
         output, messages = capsys.readouterr()
         assert status == check, messages
         return output, messages

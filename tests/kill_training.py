@@ -84,14 +84,11 @@ def differences(one, two, where: str = "") -> list[str]:
     """Where two states differ, apart from seconds: every tensor, number and string is compared."""
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, two) else [where]
+    if isinstance(one, list) and isinstance(two, list):
+        one, two = dict(enumerate(one)), dict(enumerate(two))
     if isinstance(one, dict):
         keys = (one.keys() | two.keys()) - {"seconds"}
-        return [d for key in keys for d in differences(one.get(key), two.get(key), f"{where}/{key}")]
-    if isinstance(one, list) and isinstance(two, list):
-        if len(one) != len(two):
-            return [f"{where}: {len(one)} and {len(two)} entries"]
-        pairs = zip(one, two, strict=True)
-        return [d for i, (a, b) in enumerate(pairs) for d in differences(a, b, f"{where}/{i}")]
+        return [d for key in keys for d in differences(one.get(key, "-"), two.get(key, "-"), f"{where}/{key}")]
     return [] if one == two else [where]
 
 

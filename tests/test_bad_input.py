@@ -16,7 +16,6 @@ import evaluate
 import generate
 import train
 from extras import bench
-from utils.console import run_program
 from utils.files import seal
 
 PROGRAMS = {"train": train, "generate": generate, "evaluate": evaluate, "bench": bench}
@@ -221,15 +220,11 @@ def words_of(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("line", "named"), ROWS, ids=[line for line, _ in ROWS])
-def test_bad_input_gets_one_line(work, monkeypatch, capsys, line, named):
+def test_bad_input_gets_one_line(work, monkeypatch, run_main, line, named):
     monkeypatch.chdir(work)
     before, program = contents(work), line.split()[0]
-    path = "extras/bench.py" if program == "bench" else f"{program}.py"
-    monkeypatch.setattr(sys, "argv", [path, *words_of(line)])
-    with pytest.raises(SystemExit) as stop:
-        run_program(PROGRAMS[program].main)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
+    code, out, err = run_main(PROGRAMS[program].main, *words_of(line))
+    assert code == 2
     *notes, error = err.splitlines()
     assert re.match(rf"{NAMES[program]}( \w+)?: error: ", error)  # a benchmark's flags are known by its name alone
     assert any(part in error for part in named.split("|")), error

@@ -12,32 +12,23 @@ import threading
 import time
 
 import pytest
-import torch
 from conftest import ROOT, TINY
 
 import checkpoint
 import train
 from checkpoint import CheckpointWriter, deciding_loss, load_checkpoint
 from trainer import Trainer
-from utils.console import run_program
 
 
 @pytest.fixture
-def call(tmp_path, corpus_file, monkeypatch, capsys):
-    """call("--steps", 3) runs train.py in this process: (exit code, standard error)."""
+def call(tmp_path, corpus_file, monkeypatch, run_main):
+    """call("--steps", 3) runs train.py: (exit code, standard error)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
         usual = [] if "--resume" in flags else ["--data", "corpus.txt", *TINY]
         usual += [] if {"--resume", "--eval-every"} & set(flags) else ["--eval-every", "2"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *usual, *map(str, flags)])
-        try:
-            run_program(train.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        torch.set_flush_denormal(False)
-        return code, capsys.readouterr().err
+        return run_main(train.main, *usual, *flags)[::2]
 
     return call
 

@@ -30,7 +30,6 @@ from generation.holes import choose_lengths
 from generation.text import parse_template
 from generation.write import write
 from tokenizer import END_ID, MASK_ID, START_ID, SimpleTokenizer
-from utils.console import run_program
 from utils.errors import ArgumentError
 
 TOKENIZER = SimpleTokenizer("\n :abcdefghijklmnopqrstuvwxyzROMEO")
@@ -67,19 +66,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(folder, monkeypatch, capsys):
-    """call("--top", "3") runs generate.py's main in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        code = 0
-        try:
-            run_program(generate.main)
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return call
+def call(folder, run_main):
+    """call("--top", "3") runs generate.py: (exit code, stdout, stderr)."""
+    return lambda *arguments: run_main(generate.main, *arguments)
 
 
 @pytest.fixture

@@ -105,6 +105,21 @@ def test_a_text_does_not_depend_on_its_batch_and_its_pieces_make_it_up(writer, s
     assert len(pieces) == 1 if settings.get("correct", 4) else len(pieces) > 1  # what may change is not shown yet
 
 
+def test_the_pieces_of_a_long_text_are_found_in_linear_time():
+    """Each look at the text begins where the one before ended."""
+
+    class Counted(list):
+        looks = 0
+
+        def __getitem__(self, index):
+            Counted.looks += 1
+            return super().__getitem__(index)
+
+    states = (SimpleNamespace(texts=[Counted([A] * n + [MASK_ID] * (600 - n))]) for n in range(1, 601))
+    assert "".join(piece for [piece] in pieces_of(states, AB, [0], DecodingConfig())) == "a" * 600
+    assert Counted.looks < 5 * 600
+
+
 def test_pieces_never_end_inside_a_character_but_at_the_end_of_the_text():
     tokenizer = train_bpe(["ab"], 261)
     ids = torch.from_numpy(tokenizer.encode("a\u00e9\u00e9").astype("int64"))  # é is two bytes, each a token

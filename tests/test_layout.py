@@ -42,14 +42,8 @@ OPTIONAL = {"tokenizers", "sacrebleu", "rouge_score"}  # libraries that only ext
 WITHOUT_TORCH = {*SCRIPTS, "config", "utils.console", "utils.errors", "utils.files"}
 
 
-def module_files() -> dict:
-    """Every module's name -> its file."""
-    paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    return dict(sorted(zip(names, paths, strict=True)))
-
-
-MODULES = module_files()
+PATHS = sorted(path for folder in ("", *FOLDERS) for path in (ROOT / folder).glob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 STORY = sorted(name for name in MODULES if name.split(".")[0] not in {"extras", *SCRIPTS})
 
 
@@ -127,7 +121,7 @@ def test_the_code_is_read_in_an_evening():
     tests = {path: path.read_text().splitlines() for path in (ROOT / "tests").glob("*.py")}
     assert max(len(line) for lines in (code | tests).values() for line in lines) <= 120
     assert sum(map(len, code.values())) <= 6612  # the goal is 6,000: this number may only fall
-    assert sum(map(len, tests.values())) <= 6815  # likewise
+    assert sum(map(len, tests.values())) <= 6810  # likewise
 
 
 # ------------------------------------------------------------------------------------------------- programs

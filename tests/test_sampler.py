@@ -382,6 +382,7 @@ def test_reaching_the_threshold_is_enough():
         ({"order": "left", "schedule": [3, 3]}, "reveals 6 positions, but 5 are masked"),
         ({"order": "left", "schedule": [2, 3], "steps": 2}, "steps does not go with a list of counts"),
         ({"schedule": "square"}, "schedule must be uniform, cosine"),
+        ({"temperature": math.nan}, "temperature must be"),
     ],
     ids=str,
 )
